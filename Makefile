@@ -1,0 +1,55 @@
+# The user's commands. `make` alone lists them.
+
+PROFILE ?= default
+JOBS    ?= 2
+PYTHON  ?=
+PYTEST_ARGS ?=
+
+VENV := .venv/bin
+# Idle OpenMP threads sleep instead of spinning: two busy processes otherwise starve each other.
+export OMP_WAIT_POLICY := PASSIVE
+
+# The first Python that is new enough, or the one given as PYTHON=...
+find_python = for python in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
+	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		echo "$$python"; exit; fi; done
+
+.DEFAULT_GOAL := help
+.PHONY: help venv book experiments test lint format clean distclean
+
+help: ## list these targets
+	@echo "make TARGET [PROFILE=default|smoke|paper] [JOBS=2] [PYTHON=python3.11]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | \
+		while IFS='|' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+
+venv: ## make .venv with everything installed (the other targets do it themselves)
+	@python=$$($(find_python)); \
+	if [ -z "$$python" ]; then \
+		echo "error: no Python >= 3.11 found; install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; fi; \
+	"$$python" tools/make_venv.py
+
+book: venv ## execute the notebooks that changed and render the book
+	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
+	@$(VENV)/python -m msif_lib.study.book --profile "$(PROFILE)"
+
+experiments: venv ## execute the notebooks that changed, without rendering the book
+	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
+
+test: lint ## lint, check types and run the tests (PYTEST_ARGS='-k name' to choose)
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n "$(JOBS)" $(PYTEST_ARGS)
+
+lint: venv ## check style, formatting and types
+	$(VENV)/ruff check --quiet .
+	$(VENV)/ruff format --check --quiet .
+	$(VENV)/mypy
+
+format: venv ## put the code into the project's format
+	$(VENV)/ruff check --quiet --fix .
+	$(VENV)/ruff format --quiet .
+
+clean: ## remove everything that `make book` and `make test` made, except .venv
+	rm -rf build book/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+distclean: clean ## remove .venv as well
+	rm -rf .venv .venv.lock

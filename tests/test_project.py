@@ -1,0 +1,147 @@
+"""The project's declarations agree with each other, and its notebooks are committed clean."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from msif_lib.study.runner import PROFILES, check_parameters, find_notebooks, read_profile
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/chapters/*.ipynb")])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def declared() -> list[Requirement]:
+    extras = PROJECT["optional-dependencies"]
+    lines = PROJECT["dependencies"] + [line for extra in extras.values() for line in extra]
+    requirements = [Requirement(line) for line in lines]
+    return [requirement for requirement in requirements if requirement.name != PROJECT["name"]]
+
+
+def pins() -> dict[str, Version]:
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            name, version = line.split("==")
+            found[canonicalize_name(name)] = Version(version)
+    return found
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / line for line in listed.stdout.splitlines()]
+    return [path for path in paths if path.is_file()]
+
+
+def test_constraints_are_plain_pins():
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
+
+
+@pytest.mark.parametrize("requirement", declared(), ids=str)
+def test_every_dependency_is_pinned_within_its_range(requirement):
+    pin = pins().get(canonicalize_name(requirement.name))
+    assert pin is not None, f"{requirement.name} has no pin in constraints.txt"
+    assert requirement.specifier.contains(pin), f"{requirement} excludes the pin {pin}"
+
+
+def test_torch_and_torchvision_have_an_upper_bound():
+    # Without one pip prefers the newest CUDA build, gigabytes of it.
+    bounded = {
+        requirement.name
+        for requirement in declared()
+        if any(specifier.operator == "<" for specifier in requirement.specifier)
+    }
+    assert {"torch", "torchvision"} <= bounded
+
+
+def test_the_extra_all_names_every_other_extra():
+    extras = PROJECT["optional-dependencies"]
+    (everything,) = (Requirement(line) for line in extras["all"])
+    assert everything.extras == set(extras) - {"all"}
+
+
+def test_environment_delegates_to_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
+    assert environment["name"] == PROJECT["name"]
+    python, pip, installed = environment["dependencies"]
+    assert python == "python=3.11"
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains("3.11")
+    assert pip == "pip"
+    assert installed == {"pip": ["-c constraints.txt", "-e .[all]"]}
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_clean(path):
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5), "older formats have no cell ids"
+    nbformat.validate(notebook)
+    identifiers = [cell.id for cell in notebook.cells]
+    assert len(set(identifiers)) == len(identifiers)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not {"papermill", "widgets"} & set(notebook.metadata)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs, f"cell {cell.id} has outputs; strip them with nbstripout"
+            assert cell.execution_count is None, f"cell {cell.id} has an execution count"
+        assert not {"papermill", "execution"} & set(cell.metadata)
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in (ROOT / PROFILES).glob("*.yaml")))
+def test_profile_fits_the_notebooks(profile):
+    for name, parameters in read_profile(ROOT, profile).items():
+        (notebook,) = find_notebooks(ROOT, [name])
+        check_parameters(notebook, parameters, profile)
+
+
+def test_every_page_of_the_book_has_a_source():
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    pages = [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    for page in [toc["root"], *pages]:
+        section, _, name = page.rpartition("/")
+        candidates = [ROOT / "book" / f"{page}.md", ROOT / "book" / f"{page}.ipynb"]
+        if section == "experiments":
+            candidates = [ROOT / "notebooks" / f"{name}.ipynb"]
+        assert any(path.is_file() for path in candidates), f"{page} has no source"
+    shown = {page.rpartition("/")[2] for page in pages}
+    assert {path.stem for path in NOTEBOOKS} <= shown, "a notebook is missing from book/_toc.yml"
+
+
+def test_no_file_holds_a_path_of_somebodys_machine():
+    private = re.compile(r"(?<![\w.}$)-])/(?:home|root|Users|work)/\w")
+    for path in sources():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found = private.search(text)
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+
+
+def test_make_help_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    shown = subprocess.run(
+        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in targets:
+        assert re.search(rf"^  {target} ", shown, re.MULTILINE), f"{target} has no description"

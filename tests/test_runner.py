@@ -1,0 +1,218 @@
+"""The runner refuses wrong parameters, executes only what changed, and keeps failures to open."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from msif_lib.study import book, runner
+from msif_lib.study.runner import ProjectError
+
+PARAMETERS = """\
+removals: int = 20  # how many
+alpha = 0.01
+dataset = "digits"
+solver: str | None = None
+classes = [
+    0,
+    1,
+]
+"""
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "language": "python",
+        "display_name": "Python 3",
+    }
+    for number, source in enumerate((PARAMETERS, *cells)):
+        cell = nbformat.v4.new_code_cell(source)
+        cell.id = f"cell-{number}"
+        notebook.cells.append(cell)
+    notebook.cells[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def write_profile(root: Path, text: str, name: str = "default") -> None:
+    path = root / "notebooks" / "profiles" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with one experiment, one chapter and a library of one line."""
+    write_notebook(tmp_path / "notebooks" / "experiment.ipynb", "print('removals:', removals)")
+    write_notebook(tmp_path / "book" / "chapters" / "chapter.ipynb", "print(alpha)")
+    write_profile(tmp_path, "experiment:\n  removals: 5\n")
+    (tmp_path / "msif_lib").mkdir()
+    (tmp_path / "msif_lib" / "__init__.py").write_text("VALUE = 1\n")
+    return tmp_path
+
+
+def refusal(project: Path, profile: str) -> str:
+    write_profile(project, profile)
+    with pytest.raises(ProjectError) as caught:
+        runner.run(project)
+    assert not (project / "build").exists(), "nothing may run before all parameters are checked"
+    return str(caught.value)
+
+
+def test_unknown_parameter_is_refused_by_name(project):
+    message = refusal(project, "experiment:\n  removal: 5\n")
+    assert "notebook experiment" in message
+    assert "unknown parameter removal" in message
+    assert "known: removals, alpha, dataset, solver, classes" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("removals", "2.5", "must be int, but is 2.5 (float)"),
+        ("removals", "true", "must be int, but is True (bool)"),
+        ("removals", "null", "must be int, but is None (NoneType)"),
+        ("dataset", "3", "must be str, but is 3 (int)"),
+        ("solver", "3", "must be str or None, but is 3 (int)"),
+        ("classes", "3", "must be list, but is 3 (int)"),
+        ("alpha", "1e-4", "YAML reads 1e-4 as text, write 1.0e-4"),
+    ],
+)
+def test_wrong_type_is_refused(project, name, value, expected):
+    message = refusal(project, f"experiment:\n  {name}: {value}\n")
+    assert f"notebook experiment: parameter {name}" in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha", 1), ("alpha", 1e-4), ("solver", None), ("solver", "cg"), ("classes", [2, 3])],
+)
+def test_right_type_is_accepted(project, name, value):
+    (notebook,) = runner.find_notebooks(project, ["experiment"])
+    runner.check_parameters(notebook, {name: value}, "default")
+
+
+def test_unknown_notebook_and_profile_are_refused(project):
+    assert "no notebook is called nothing" in refusal(project, "nothing:\n  a: 1\n")
+    with pytest.raises(ProjectError, match="no notebook is called nothing; known: experiment"):
+        runner.run(project, names=["nothing"])
+    with pytest.raises(ProjectError, match="no profile is called tiny; known: default"):
+        runner.run(project, profile="tiny")
+
+
+def test_two_notebooks_of_one_name_are_refused(project):
+    write_notebook(project / "book" / "chapters" / "experiment.ipynb")
+    with pytest.raises(ProjectError, match="two notebooks are called experiment"):
+        runner.find_notebooks(project)
+
+
+def test_only_what_changed_is_executed(project, capfd):
+    (outcome,) = runner.run(project, names=["experiment"])
+    assert outcome.state == "executed"
+    assert outcome.path == project / "build" / "default" / "executed" / "experiment.ipynb"
+    executed = nbformat.read(outcome.path, as_version=4)
+    texts = [output.text for cell in executed.cells[1:] for output in cell.get("outputs", [])]
+    assert texts == ["removals: 5\n"]
+    assert executed.metadata.msif.parameters == {"removals": 5}
+    assert "papermill" not in executed.metadata
+    assert str(project) not in outcome.path.read_text(encoding="utf-8")
+    assert sorted(path.name for path in outcome.path.parent.iterdir()) == ["experiment.ipynb"]
+
+    (again,) = runner.run(project, names=["experiment"])
+    assert again.state == "unchanged"
+    printed = capfd.readouterr().out
+    assert "experiment           executed" in printed
+    assert "experiment           unchanged" in printed
+
+    # What follows asks only whether it would be executed again: that takes no time.
+    notebook = outcome.notebook
+    assert runner.is_current(project, "default", notebook, {"removals": 5})
+    assert not runner.is_current(project, "default", notebook, {"removals": 6})
+    assert not runner.is_current(project, "smoke", notebook, {"removals": 5})
+
+    library = project / "msif_lib" / "__init__.py"
+    library.write_text("VALUE = 2\n")
+    assert not runner.is_current(project, "default", notebook, {"removals": 5})
+    library.write_text("VALUE = 1\n")
+    assert runner.is_current(project, "default", notebook, {"removals": 5})
+    (project / "msif_lib" / "runner.py").write_text("# how notebooks are run\n")
+    assert runner.is_current(project, "default", notebook, {"removals": 5})
+
+    write_notebook(notebook.path, "print('other')")
+    assert not runner.is_current(project, "default", notebook, {"removals": 5})
+
+
+def test_declared_input_files_and_versions_count(project, monkeypatch):
+    (notebook,) = runner.find_notebooks(project, ["experiment"])
+    before = runner.cache_key(project, notebook, {})
+    content = nbformat.read(notebook.path, as_version=4)
+    content.metadata["msif"] = {"inputs": ["results/*.json"]}
+    nbformat.write(content, notebook.path)
+    assert runner.cache_key(project, notebook, {}) == before
+    (project / "results").mkdir()
+    (project / "results" / "record.json").write_text("{}")
+    after = runner.cache_key(project, notebook, {})
+    assert after != before
+    monkeypatch.setattr(runner, "installed_version", lambda package: "0")
+    assert runner.cache_key(project, notebook, {}) != after
+
+
+def test_failing_notebook_is_left_to_open(project):
+    target = project / "build" / "default" / "executed" / "experiment.ipynb"
+    target.parent.mkdir(parents=True)
+    target.write_text("the last good copy", encoding="utf-8")
+    write_notebook(
+        project / "notebooks" / "experiment.ipynb", "x = 1", "raise ValueError('no such digit')"
+    )
+    command = [sys.executable, "-m", "msif_lib.study.runner", "--root", str(project), "experiment"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1]
+    )
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout
+    failed = target.with_name("experiment.failed.ipynb")
+    assert str(failed) in result.stderr
+    assert "raised ValueError: no such digit" in result.stderr
+    outputs = [
+        output.output_type
+        for cell in nbformat.read(failed, as_version=4).cells
+        for output in cell.get("outputs", [])
+    ]
+    assert "error" in outputs
+    assert target.read_text(encoding="utf-8") == "the last good copy"
+
+
+def as_executed(root: Path, name: str, parameters: dict, outputs: list | None = None) -> None:
+    """Put an executed copy in place without executing anything."""
+    (notebook,) = runner.find_notebooks(root, [name])
+    content = notebook.read()
+    content.metadata["msif"] = {"key": runner.cache_key(root, notebook, parameters)}
+    content.cells[-1].outputs = outputs or []
+    path = runner.executed_path(root, "default", notebook)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(content, path)
+
+
+def test_book_is_assembled_from_current_copies_only(project):
+    with pytest.raises(ProjectError, match="notebook experiment is not executed in its present"):
+        book.assemble(project, "default")
+    as_executed(project, "experiment", {"removals": 5})
+    as_executed(project, "chapter", {})
+    tree = book.assemble(project, "default")
+    for page in ("experiments/experiment.ipynb", "chapters/chapter.ipynb"):
+        shown = json.loads((tree / page).read_text(encoding="utf-8"))
+        assert "key" in shown["metadata"]["msif"]
+
+
+def test_book_refuses_a_notebook_that_shows_an_error(project):
+    as_executed(project, "experiment", {"removals": 5})
+    error = nbformat.v4.new_output("error", ename="ValueError", evalue="bad", traceback=[])
+    as_executed(project, "chapter", {}, [error])
+    with pytest.raises(ProjectError, match="shows ValueError: bad"):
+        book.assemble(project, "default")
