@@ -1,0 +1,224 @@
+"""One visual style for the study, and its plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from msif_lib.evaluation import Agreement, Estimate
+
+# Okabe and Ito's colours, told apart with every common kind of colour vision.
+PALETTE = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "black": "#000000",
+}
+_GREY = "#6B7280"
+
+
+def use_style() -> None:
+    """Set the style of all figures that follow.
+
+    Letters stay legible when a figure is as wide as a telephone; the background is opaque and
+    near white, so that a figure reads on a dark page as well.
+    """
+    sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE.values()))
+    plt.rcParams.update(
+        {
+            "figure.figsize": (6.4, 4.6),
+            "figure.dpi": 110,
+            "figure.facecolor": "#FCFCFC",
+            "axes.facecolor": "#FCFCFC",
+            "savefig.facecolor": "#FCFCFC",
+            "savefig.dpi": 200,
+            "savefig.bbox": "tight",
+            "savefig.pad_inches": 0.15,
+            "figure.constrained_layout.use": True,
+            "font.size": 13,
+            "axes.titlesize": 14,
+            "axes.labelsize": 13,
+            "xtick.labelsize": 12,
+            "ytick.labelsize": 12,
+            "legend.fontsize": 12,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.formatter.limits": (-3, 4),
+            "axes.formatter.use_mathtext": True,
+        }
+    )
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("retina")
+
+
+def scatter_agreement(
+    ax: Axes,
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    agreement: Agreement,
+    title: str = "",
+    color: str = PALETTE["blue"],
+) -> None:
+    """Plot true changes of the loss against predicted ones.
+
+    A grey line marks equality, a coloured one the regression of true on predicted changes. Both
+    axes keep their own scale, as a prediction may be right but for a factor.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    predicted, actual : array
+        Changes of the test loss, shape (R,).
+    agreement : Agreement
+        Of `predicted` and `actual`; r and its interval stand in the figure.
+    title : str
+        Of the axes.
+    color : str
+        Of the points.
+
+    Raises
+    ------
+    ValueError
+        If `predicted` and `actual` are not vectors of the same length.
+    """
+    x, y = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(
+            f"predicted and actual must be vectors of one length, got {x.shape} and {y.shape}"
+        )
+    ax.scatter(x, y, s=26, color=color, alpha=0.7, linewidths=0, zorder=3)
+    ends = np.array([x.min(), x.max()])
+    slope = agreement.slope.value
+    # The identity line may leave the range of the data; it must not set the scale.
+    ax.set_xlim(ax.get_xlim())
+    ax.set_ylim(ax.get_ylim())
+    ax.axline((0, 0), slope=1, color=_GREY, linestyle="--", linewidth=1.2, label="equality")
+    ax.plot(ends, y.mean() + slope * (ends - x.mean()), color=color, linewidth=1.8, label="fit")
+    # At the left, as the power of ten of the axis stands at the right.
+    ax.set_xlabel("predicted change of the test loss", loc="left")
+    ax.set_ylabel("true change")
+    ax.set_title(title, loc="left")
+    ax.text(
+        0.03,
+        0.97,
+        f"r = {agreement.pearson}\nslope = {slope:.3g}",
+        transform=ax.transAxes,
+        va="top",
+        fontsize=12,
+        bbox={"facecolor": "#FCFCFC", "edgecolor": "none", "alpha": 0.85, "pad": 2},
+        zorder=4,
+    )
+    ax.legend(loc="lower right")
+
+
+def image_grid(
+    pictures: ArrayLike, captions: Sequence[str] = (), columns: int = 8, title: str = ""
+) -> Figure:
+    """Show images in rows.
+
+    Parameters
+    ----------
+    pictures : array
+        Values in [0, 1], shape (B, height, width, channels) with 1 or 3 channels, as
+        `ImageData.pictures` gives them.
+    captions : sequence of str
+        One for each image, or none.
+    columns : int
+        Images in a row.
+    title : str
+        Of the figure.
+
+    Returns
+    -------
+    Figure
+        The figure.
+
+    Raises
+    ------
+    ValueError
+        If the images are not of that shape, or captions are too many or too few.
+    """
+    array = np.asarray(pictures)
+    if array.ndim != 4 or not len(array) or array.shape[-1] not in (1, 3):
+        raise ValueError(f"pictures must have shape (B, height, width, 1 or 3), got {array.shape}")
+    if captions and len(captions) != len(array):
+        raise ValueError(f"{len(captions)} captions for {len(array)} pictures")
+    columns = min(columns, len(array))
+    rows = -(-len(array) // columns)
+    height = 1.35 if captions else 1.05
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(1.05 * columns, height * rows + 0.4 * bool(title)), squeeze=False
+    )
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for index, (ax, picture) in enumerate(zip(axes.flat, array)):
+        grey = picture.shape[-1] == 1
+        ax.imshow(picture.squeeze(-1) if grey else picture, cmap="gray_r", vmin=0, vmax=1)
+        if captions:
+            ax.set_title(captions[index], fontsize=11)
+    if title:
+        fig.suptitle(title)
+    return fig
+
+
+def forest(
+    ax: Axes,
+    labels: Sequence[str],
+    estimates: Sequence[Estimate],
+    xlabel: str = "Pearson r, 95 % interval",
+    colors: Sequence[str] | None = None,
+) -> None:
+    """Plot estimates with their intervals, one a row, the first on top.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    labels : sequence of str
+        One for each estimate.
+    estimates : sequence of Estimate
+        Values and intervals; they are also written out at the right.
+    xlabel : str
+        What is estimated.
+    colors : sequence of str, optional
+        One for each estimate.
+
+    Raises
+    ------
+    ValueError
+        If labels, estimates and colours are not equally many.
+    """
+    colors = [PALETTE["blue"]] * len(labels) if colors is None else colors
+    if not len(labels) == len(estimates) == len(colors):
+        raise ValueError(
+            f"{len(labels)} labels, {len(estimates)} estimates and {len(colors)} colors "
+            "must be equally many"
+        )
+    for row, (estimate, color) in enumerate(zip(estimates, colors)):
+        ax.plot([estimate.low, estimate.high], [row, row], color=color, linewidth=2.5)
+        ax.plot(estimate.value, row, "o", color=color, markersize=8)
+        place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
+        ax.text(1.02, row, str(estimate), fontsize=12, **place)
+    ax.axvline(0, color=_GREY, linewidth=1)
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel(xlabel)
