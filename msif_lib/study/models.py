@@ -293,6 +293,7 @@ def build_model(
     finetune_classes: int,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
+    widths: Sequence[int] | None = None,
     head_hidden: int = 8,
 ) -> tuple[nn.Sequential, nn.Module, nn.Module]:
     """Embedding and the heads of both stages, each initialised from its own seed.
@@ -300,7 +301,7 @@ def build_model(
     Parameters
     ----------
     architecture : {"cnn", "mlp"}
-        The embedding: `tanh_cnn` or `tanh_mlp` with their default sizes.
+        The embedding: `tanh_cnn` or `tanh_mlp`.
     head : {"linear", "mlp"}
         Kind of both heads: `linear_head` or `mlp_head`.
     image_shape : sequence of int
@@ -311,6 +312,9 @@ def build_model(
         The three modules take seeds 3 seed, 3 seed + 1 and 3 seed + 2.
     dtype : torch.dtype
         Of all parameters.
+    widths : sequence of int, optional
+        Channels of the convolutions, or units of the hidden layers; by default those of
+        `tanh_cnn` and `tanh_mlp`.
     head_hidden : int
         Width of the hidden layer of an "mlp" head.
 
@@ -326,9 +330,9 @@ def build_model(
     """
     embedding: nn.Sequential
     if architecture == "cnn":
-        embedding = tanh_cnn(image_shape, seed=3 * seed, dtype=dtype)
+        embedding = tanh_cnn(image_shape, widths or (6, 8), seed=3 * seed, dtype=dtype)
     elif architecture == "mlp":
-        embedding = tanh_mlp(image_shape, seed=3 * seed, dtype=dtype)
+        embedding = tanh_mlp(image_shape, widths or (8, 8), seed=3 * seed, dtype=dtype)
     else:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}, got {architecture!r}")
     features = feature_count(embedding, image_shape)

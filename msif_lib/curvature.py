@@ -1,0 +1,365 @@
+"""Second derivatives of a stage's objective as matrix-free linear operators.
+
+All are exact sums over the whole data set, of the *mean* loss with the regularizer added once:
+
+    H      = ∂²G/∂(W,U)²                      Hessian(stage)
+    F_ΘΘ   = ∂²F/∂Θ²                          Hessian(stage, block="head")
+    F_WΘ   = ∂²F/∂W∂Θ                         CrossHessian(stage)
+    J'LJ   = (1/N) Σ J_iᵀ ℓ''_i J_i + R''     GaussNewton(stage)
+
+where J_i is the Jacobian of the model's outputs and ℓ'' the Hessian of the loss in the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+
+from msif_lib.data import Batch
+from msif_lib.stage import Stage
+
+Block = Literal["joint", "embedding", "head"]
+
+# Columns of the identity multiplied at once by dense().
+_DENSE_COLUMNS = 64
+
+
+class LinearOperator:
+    """A real matrix known by its products: ``A @ x`` for x of shape ``(p,)`` or ``(p, k)``.
+
+    Attributes
+    ----------
+    shape
+        Rows and columns.
+    dtype, device
+        Those of the stage's parameters; vectors must have the same.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    _matrix: Tensor | None = None
+
+    def _product(self, columns: Tensor) -> Tensor:
+        """A times the columns ``(p, k)``; each operator's own."""
+        raise TypeError(f"{type(self).__name__} does not define a product")
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose; a symmetric operator is its own."""
+        return self
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """The product A x.
+
+        Parameters
+        ----------
+        x
+            One vector ``(p,)`` or several as columns ``(p, k)``.
+
+        Returns
+        -------
+        Tensor
+            ``(q,)`` or ``(q, k)``.
+
+        Raises
+        ------
+        ValueError
+            `x` has another length, dtype or device than the operator.
+        """
+        if x.dim() not in (1, 2) or x.shape[0] != self.shape[1]:
+            raise ValueError(
+                f"operator of shape {self.shape} cannot be applied to {tuple(x.shape)}"
+            )
+        if x.dtype != self.dtype or x.device.type != self.device.type:
+            raise ValueError(
+                f"operator is {self.dtype} on {self.device}, the vector {x.dtype} on {x.device}"
+            )
+        columns = x[:, None] if x.dim() == 1 else x
+        product = self._product(columns.detach())
+        return product[:, 0] if x.dim() == 1 else product
+
+    def dense(self) -> Tensor:
+        """The matrix itself, one product a column; kept, so that a second call is free."""
+        if self._matrix is None:
+            eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
+            parts = [self @ columns for columns in eye.split(_DENSE_COLUMNS, 1)]
+            self._matrix = torch.cat(parts, 1)
+        return self._matrix
+
+    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
+        """As a SciPy ``LinearOperator`` on NumPy arrays, for SciPy's solvers."""
+
+        def product(operator: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:
+            def apply(x: np.ndarray) -> np.ndarray:
+                vector = torch.as_tensor(np.array(x), dtype=self.dtype, device=self.device)
+                return (operator @ vector).cpu().numpy()
+
+            return apply
+
+        forward, adjoint = product(self), product(self.T)
+        return scipy.sparse.linalg.LinearOperator(
+            self.shape,
+            matvec=forward,
+            rmatvec=adjoint,
+            matmat=forward,
+            rmatmat=adjoint,
+            dtype=np.dtype(str(self.dtype).removeprefix("torch.")),
+        )
+
+
+class _SecondDerivative(LinearOperator):
+    """The block ∂²G/∂a∂b of the objective's Hessian, a and b each W, U or both.
+
+    A product with v is ∂/∂a (∇_b G · v), double backward (Pearlmutter 1994). ∇_b G is recorded
+    with its graph once a batch, and each product costs one backward pass through that graph,
+    about half of recording it anew. As many batches keep their graph as fit `memory_budget`
+    bytes; the others record it again at each product.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        rows: Block,
+        columns: Block,
+        memory_budget: int,
+        at: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        self.stage = stage
+        self.dtype, self.device = stage.dtype, stage.device
+        self._blocks = rows, columns
+        w, h = at or (stage.embedding_vector(), stage.head_vector())
+        # The graphs lead back to these leaves alone: where only the head is asked for, the
+        # embedding is evaluated once, as a constant.
+        if rows == "joint":
+            theta = torch.cat([w, h]).detach().requires_grad_()
+            self._w, self._h = stage.split(theta)
+            leaf = {"joint": theta}
+        else:
+            self._w = w.detach().requires_grad_("embedding" in (rows, columns))
+            self._h = h.detach().requires_grad_("head" in (rows, columns))
+            leaf = {"embedding": self._w, "head": self._h}
+        self._row_leaf, self._column_leaf = leaf[rows], leaf[columns]
+        self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
+        self._kept: list[Tensor | None] = []
+        self._record(memory_budget)
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose, at the same parameters."""
+        rows, columns = self._blocks
+        if rows == columns:
+            return self
+        return _SecondDerivative(self.stage, columns, rows, 0, (self._w, self._h))
+
+    def _gradient(self, term: Tensor) -> Tensor | None:
+        """∇_b of one term of the objective, with its graph; None where that is constant."""
+        if not term.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(
+            term, self._column_leaf, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return gradient if gradient.requires_grad else None
+
+    def _batch_gradient(self, batch: Batch) -> Tensor | None:
+        losses = self.stage.losses(self._w, self._h, *batch)
+        return self._gradient(losses.sum() / self.stage.size)
+
+    def _record(self, memory_budget: int) -> None:
+        used: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            used[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        for batch in self.stage.batches():
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                gradient = self._batch_gradient(batch)
+            if sum(used.values()) > memory_budget:
+                break
+            self._kept.append(gradient)
+
+    def _gradients(self) -> Iterator[Tensor | None]:
+        """The terms of ∇_b G: the regularizer's and one a batch."""
+        yield self._gradient(self.stage.regularization(self._w, self._h))
+        yield from self._kept
+        if len(self._kept) * self.stage.batch_size < self.stage.size:
+            for number, batch in enumerate(self.stage.batches()):
+                if number >= len(self._kept):
+                    yield self._batch_gradient(batch)
+
+    def _product(self, columns: Tensor) -> Tensor:
+        product = columns.new_zeros(self.shape[0], columns.shape[1])
+        for gradient in self._gradients():
+            if gradient is None:
+                continue
+            for index, v in enumerate(columns.unbind(1)):
+                product[:, index] += torch.autograd.grad(
+                    gradient,
+                    self._row_leaf,
+                    v,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )[0]
+        return product
+
+
+class Hessian(_SecondDerivative):
+    """The Hessian of a stage's objective, or a diagonal block of it.
+
+    Parameters
+    ----------
+    stage
+        The stage, at whose current parameters the Hessian is taken (later changes of the
+        parameters do not move it).
+    block
+        ``"joint"``: ∂²G/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²G/∂W²;
+        ``"head"``: ∂²G/∂U².
+    memory_budget
+        Bytes of autograd graph kept between products.
+
+    Raises
+    ------
+    ValueError
+        `block` is none of the three.
+
+    Examples
+    --------
+    The Hessian of (1/2)(x·u)² averaged over x = 1, 2, 3 is the mean of x², plus l2:
+
+    >>> import torch
+    >>> from msif_lib import Stage
+    >>> x, zero = torch.tensor([[1.0], [2.0], [3.0]]), torch.zeros(3)
+    >>> head = torch.nn.Linear(1, 1, bias=False)
+    >>> loss = lambda outputs, targets: 0.5 * (outputs[:, 0] - targets) ** 2
+    >>> stage = Stage(torch.nn.Identity(), head, loss, (x, zero), l2=0.5)
+    >>> round((Hessian(stage) @ torch.ones(1)).item(), 4)  # 14/3 + 0.5
+    5.1667
+    """
+
+    def __init__(self, stage: Stage, block: Block = "joint", memory_budget: int = 2**31) -> None:
+        _check_block(block)
+        super().__init__(stage, block, block, memory_budget)
+
+
+class CrossHessian(_SecondDerivative):
+    """F_WΘ = ∂²F/∂W∂Θ of shape ``(p_W, p_Θ)``; its transpose F_ΘW is ``.T``.
+
+    Parameters
+    ----------
+    stage
+        The stage whose objective is F.
+    memory_budget
+        Bytes of autograd graph kept between products.
+    """
+
+    def __init__(self, stage: Stage, memory_budget: int = 2**31) -> None:
+        super().__init__(stage, "embedding", "head", memory_budget)
+
+
+class GaussNewton(LinearOperator):
+    """The generalised Gauss-Newton matrix (1/N) Σ J_iᵀ ℓ''_i J_i, plus the regularizer's Hessian.
+
+    Positive semidefinite for a loss that is convex in the outputs, whatever the network; equal
+    to the Hessian where the outputs are linear in the parameters (Schraudolph 2002).
+
+    Parameters
+    ----------
+    stage
+        The stage; its model must return one tensor.
+    block
+        As for :class:`Hessian`.
+
+    Raises
+    ------
+    ValueError
+        `block` is none of the three.
+    """
+
+    def __init__(self, stage: Stage, block: Block = "joint") -> None:
+        _check_block(block)
+        self.stage = stage
+        self.dtype, self.device = stage.dtype, stage.device
+        self._block = block
+        self._w, self._h = stage.embedding_vector(), stage.head_vector()
+        self._at = {"joint": stage.vector(), "embedding": self._w, "head": self._h}[block]
+        self.shape = (self._at.numel(), self._at.numel())
+
+    def _parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        if self._block == "joint":
+            return self.stage.split(vector)
+        return (vector, self._h) if self._block == "embedding" else (self._w, vector)
+
+    def _batch_product(self, batch: Batch, v: Tensor) -> Tensor:
+        """Σ J_iᵀ ℓ''_i J_i v over one batch: forward, the loss's curvature, backward."""
+        inputs, targets = batch
+
+        def outputs(vector: Tensor) -> Tensor:
+            return self.stage.outputs(*self._parts(vector), inputs)
+
+        def loss(outputs: Tensor) -> Tensor:
+            return self.stage.loss(outputs, targets).sum()
+
+        at, pull_back = vjp(outputs, self._at)[:2]
+        moved = jvp(outputs, (self._at,), (v,))[1]
+        curved = jvp(grad(loss), (at,), (moved,))[1]
+        return pull_back(curved)[0]
+
+    def _product(self, columns: Tensor) -> Tensor:
+        def regularization(vector: Tensor) -> Tensor:
+            return self.stage.regularization(*self._parts(vector))
+
+        product = torch.stack(
+            [jvp(grad(regularization), (self._at,), (v,))[1] for v in columns.unbind(1)], 1
+        )
+        for batch in self.stage.batches():
+            for index, v in enumerate(columns.unbind(1)):
+                product[:, index] += self._batch_product(batch, v) / self.stage.size
+        return product
+
+
+class AddDiagonal(LinearOperator):
+    """A + diag(d): a damped Hessian, or the proximal Hessian of case 2.
+
+    Parameters
+    ----------
+    operator
+        A square operator A of shape ``(p, p)``.
+    diagonal
+        d, of shape ``(p,)``.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+
+    def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
+        rows, columns = operator.shape
+        if rows != columns or tuple(diagonal.shape) != (rows,):
+            raise ValueError(
+                f"a diagonal of shape {tuple(diagonal.shape)} does not fit an operator of shape "
+                f"{operator.shape}"
+            )
+        self.operator, self.diagonal = operator, diagonal
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+
+    def _product(self, columns: Tensor) -> Tensor:
+        return self.operator @ columns + self.diagonal[:, None] * columns
+
+    def dense(self) -> Tensor:
+        """The matrix itself; the operator's own is kept by the operator."""
+        return self.operator.dense() + torch.diag(self.diagonal)
+
+
+def _check_block(block: str) -> None:
+    if block not in ("joint", "embedding", "head"):
+        raise ValueError(f'block must be "joint", "embedding" or "head", not {block!r}')

@@ -1,0 +1,219 @@
+"""How well predicted effects agree with true ones, with 95 % confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+_Statistic = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Value and interval: ``0.98 [0.97, 0.99]``."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Pearson's r, Spearman's ρ and the slope of the true effects on the predicted ones."""
+
+    pearson: Estimate
+    spearman: Estimate
+    slope: Estimate
+
+
+def _paired(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(f"x and y must be vectors of one length, not {a.shape} and {b.shape}")
+    if len(a) < 3:
+        raise ValueError(f"a correlation needs at least 3 points, not {len(a)}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("x and y must be finite")
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        raise ValueError("a correlation is not defined where x or y is constant")
+    return a, b
+
+
+def _bootstrap(
+    statistic: _Statistic,
+    samples: tuple[NDArray[np.float64], ...],
+    resamples: int,
+    confidence: float,
+    seed: int | np.random.Generator,
+) -> Estimate:
+    """Percentile bootstrap over pairs (Efron & Tibshirani 1993).
+
+    A resample in which a variable is constant, which few points make likely, has no correlation
+    and is left out.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
+    size = len(samples[0])
+    drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = statistic(*(sample[drawn] for sample in samples), axis=-1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values[np.isfinite(values)], [tail, 1 - tail])
+    return Estimate(float(statistic(*samples)), float(low), float(high))
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    x = x - x.mean(axis, keepdims=True)
+    y = y - y.mean(axis, keepdims=True)
+    return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
+
+
+def _spearman(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    return _pearson(
+        scipy.stats.rankdata(x, axis=axis), scipy.stats.rankdata(y, axis=axis), axis=axis
+    )
+
+
+def _slope(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    x = x - x.mean(axis, keepdims=True)
+    return (x * (y - y.mean(axis, keepdims=True))).sum(axis) / (x * x).sum(axis)
+
+
+def pearson(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int | np.random.Generator = 0,
+) -> Estimate:
+    """Pearson's correlation of two vectors ``(N,)``, with a bootstrap interval.
+
+    Parameters
+    ----------
+    x, y
+        The pairs, in the same order.
+    resamples
+        Bootstrap samples of pairs.
+    confidence
+        Level of the interval.
+    seed
+        Seed or generator of the resampling.
+
+    Returns
+    -------
+    Estimate
+        r with its interval.
+
+    Raises
+    ------
+    ValueError
+        Vectors of unequal length, fewer than three points, values that are not finite, or a
+        constant vector.
+    """
+    return _bootstrap(_pearson, _paired(x, y), resamples, confidence, seed)
+
+
+def spearman(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int | np.random.Generator = 0,
+) -> Estimate:
+    """Spearman's rank correlation of two vectors ``(N,)``; arguments as for :func:`pearson`."""
+    return _bootstrap(_spearman, _paired(x, y), resamples, confidence, seed)
+
+
+def slope(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int | np.random.Generator = 0,
+) -> Estimate:
+    """Slope of the regression line of `y` on `x`; arguments as for :func:`pearson`."""
+    return _bootstrap(_slope, _paired(x, y), resamples, confidence, seed)
+
+
+def compare(
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Agreement:
+    """Agreement of predicted with true effects, each ``(N,)`` and in the same units.
+
+    A perfect prediction has r = ρ = slope = 1. The slope, unlike r, sees a wrong scale.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`pearson`.
+    """
+    settings = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    return Agreement(
+        pearson(predicted, actual, **settings),  # type: ignore[arg-type]
+        spearman(predicted, actual, **settings),  # type: ignore[arg-type]
+        slope(predicted, actual, **settings),  # type: ignore[arg-type]
+    )
+
+
+def linear_datamodeling_score(
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int | np.random.Generator = 0,
+) -> Estimate:
+    """Linear datamodeling score (Park et al. 2023): rank agreement over random subsets.
+
+    Parameters
+    ----------
+    predicted
+        Predicted effect of S random removals on T test functionals, ``(S, T)`` or ``(S,)``: the
+        sums of the removed examples' scores (:meth:`msif_lib.influence.Scores.group_effect`).
+    actual
+        The effect measured by retraining, of the same shape.
+    resamples, confidence, seed
+        Bootstrap over the test functionals, or over the removals where T = 1.
+
+    Returns
+    -------
+    Estimate
+        Spearman's ρ over the removals, averaged over the test functionals.
+
+    Raises
+    ------
+    ValueError
+        Unequal shapes; as for :func:`pearson`.
+    """
+    a, b = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
+    if a.shape != b.shape or a.ndim not in (1, 2):
+        raise ValueError(
+            f"predicted and actual must both be (S, T) or (S,), not {a.shape} and {b.shape}"
+        )
+    if a.ndim == 1 or a.shape[1] == 1:
+        return spearman(a.ravel(), b.ravel(), resamples=resamples, confidence=confidence, seed=seed)
+    each = np.array([_spearman(*_paired(x, y)) for x, y in zip(a.T, b.T, strict=True)], dtype=float)
+
+    def mean(values: NDArray[np.float64], axis: int = -1) -> Any:
+        return values.mean(axis)
+
+    return _bootstrap(mean, (each,), resamples, confidence, seed)

@@ -1,0 +1,335 @@
+"""Training to a real optimum: influence functions assume that the gradient is zero.
+
+Adam on mini-batches goes fast to the neighbourhood of a minimum, L-BFGS (SciPy's) on the whole
+data goes down to where values no longer distinguish points, and Newton steps, their systems
+solved by conjugate gradients, take the gradient norm to the tolerance. A zero gradient may still
+be a saddle (a unit that weight decay has switched off sits on one), so the lowest eigenvalue of
+the Hessian is looked up, and where it is negative training goes on along its eigenvector.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+import scipy.sparse.linalg
+import torch
+from torch import Tensor
+
+from msif_lib.curvature import AddDiagonal, Hessian, LinearOperator
+from msif_lib.data import map_leaves
+from msif_lib.solvers import ConjugateGradient, SolverWarning
+from msif_lib.stage import Stage
+
+_ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+# Saddles left in one training, at most.
+_ESCAPES = 10
+# Eigenvalues this far below zero are rounding of the eigenvalue search, not a saddle.
+_FLAT = 1e-5
+# Up to this many parameters eigenvalues come from the dense Hessian.
+_SMALL = 100
+
+
+class TrainingWarning(UserWarning):
+    """Training ended above the gradient norm asked for, or at a saddle."""
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """How a training ended.
+
+    Attributes
+    ----------
+    gradient_norm
+        Euclidean norm of the objective's gradient in the trained parameters.
+    tol
+        The norm asked for.
+    converged
+        Whether it was reached, at a point that is no saddle.
+    objective
+        The objective's value, regularizers and proximal term included.
+    lowest_eigenvalue
+        Of the objective's Hessian there: positive at a minimum, negative at a saddle.
+    epochs, lbfgs_evaluations, newton_steps
+        What each phase took.
+    escapes
+        Saddles that were left.
+    """
+
+    gradient_norm: float
+    tol: float
+    converged: bool
+    objective: float
+    lowest_eigenvalue: float
+    epochs: int
+    lbfgs_evaluations: int
+    newton_steps: int
+    escapes: int
+
+
+def train(
+    stage: Stage,
+    tol: float = 1e-8,
+    *,
+    head_only: bool = False,
+    towards: Tensor | None = None,
+    alpha: float | None = None,
+    epochs: int = 20,
+    learning_rate: float = 5e-3,
+    minibatch: int = 64,
+    lbfgs_evaluations: int = 5000,
+    newton_steps: int = 20,
+    seed: int = 0,
+) -> TrainingReport:
+    """Train a stage in place until the norm of its gradient is at most `tol`.
+
+    Parameters
+    ----------
+    stage
+        The stage; training starts at the parameters of its modules and ends there.
+    tol
+        Gradient norm to be reached. In float32 not below about 1e-5.
+    head_only
+        Keep the embedding fixed (the finetuning of case 1).
+    towards, alpha
+        Both given: add the proximal term α‖W − `towards`‖² (the finetuning of case 2, where
+        `towards` is W̄ ``(p_W,)``).
+    epochs, learning_rate, minibatch
+        Of Adam; 0 epochs leave that phase out (a warm start).
+    lbfgs_evaluations, newton_steps
+        Limits of the two other phases.
+    seed
+        Of the mini-batches' order.
+
+    Returns
+    -------
+    TrainingReport
+        The gradient norm reached, and by what.
+
+    Raises
+    ------
+    ValueError
+        `towards` without `alpha` or the reverse, α ≤ 0, or a proximal term with `head_only`.
+
+    Warns
+    -----
+    TrainingWarning
+        The tolerance was not reached.
+    """
+    if (towards is None) != (alpha is None):
+        raise ValueError("towards and alpha belong together: give both or neither")
+    if alpha is not None and not alpha > 0:
+        raise ValueError(f"alpha must be positive, not {alpha}")
+    if alpha is not None and head_only:
+        raise ValueError("a proximal term on the embedding has no place in head_only training")
+
+    fixed = stage.embedding_size if head_only else 0
+    evaluate = _objective(stage, head_only, towards, alpha)
+
+    def load(x: Tensor) -> None:
+        stage.load_vector(torch.cat([stage.vector()[:fixed], x]))
+
+    def hessian(x: Tensor) -> LinearOperator:
+        load(x)
+        if head_only:
+            return Hessian(stage, block="head")
+        if alpha is None:
+            return Hessian(stage)
+        diagonal = torch.zeros_like(x)
+        diagonal[: stage.embedding_size] = 2 * alpha
+        return AddDiagonal(Hessian(stage), diagonal)
+
+    x = stage.vector()[fixed:]
+    if epochs:
+        x = _adam(stage, x, head_only, towards, alpha, epochs, learning_rate, minibatch, seed)
+    evaluations, steps, escapes = 0, 0, 0
+    while True:
+        x, used = _lbfgs(evaluate, x, tol, lbfgs_evaluations - evaluations)
+        evaluations += used
+        x, taken = _newton(evaluate, hessian, x, tol, newton_steps)
+        steps += taken
+        lowest, direction = _lowest_eigenpair(hessian(x), seed)
+        flat = -_FLAT
+        if lowest >= flat or escapes == _ESCAPES or evaluations >= lbfgs_evaluations:
+            break
+        x = _leave_saddle(evaluate, x, direction)
+        escapes += 1
+    load(x)
+    value, gradient = evaluate(x)
+    norm = float(gradient.norm())
+    report = TrainingReport(
+        gradient_norm=norm,
+        tol=tol,
+        converged=norm <= tol and lowest >= flat,
+        objective=float(value),
+        lowest_eigenvalue=lowest,
+        epochs=epochs,
+        lbfgs_evaluations=evaluations,
+        newton_steps=steps,
+        escapes=escapes,
+    )
+    if not report.converged:
+        warnings.warn(
+            f"training ended at gradient norm {norm:.1e} (asked for {tol:.1e}) with a lowest "
+            f"Hessian eigenvalue of {lowest:.1e} (a minimum has none below zero); allow more "
+            "evaluations, add weight decay or use float64",
+            TrainingWarning,
+            stacklevel=2,
+        )
+    return report
+
+
+def _objective(
+    stage: Stage, head_only: bool, towards: Tensor | None, alpha: float | None
+) -> _ValueAndGradient:
+    """Value and gradient of what is trained, as a function of the free parameters."""
+    if head_only:
+        w = stage.embedding_vector()
+        with torch.no_grad():
+            features = [(stage.embed(w, inputs), targets) for inputs, targets in stage.batches()]
+
+        def head_objective(h: Tensor) -> tuple[Tensor, Tensor]:
+            h = h.detach().requires_grad_()
+            value = stage.regularization(w, h)
+            for embedded, targets in features:
+                value = value + stage.head_losses(h, embedded, targets).sum() / stage.size
+            return value.detach(), torch.autograd.grad(value, h)[0]
+
+        return head_objective
+
+    def objective(theta: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = stage.objective_and_gradient(theta)
+        if towards is not None and alpha is not None:
+            away = theta[: stage.embedding_size] - towards
+            value = value + alpha * away @ away
+            gradient = gradient.clone()
+            gradient[: stage.embedding_size] += 2 * alpha * away
+        return value, gradient
+
+    return objective
+
+
+def _adam(
+    stage: Stage,
+    x: Tensor,
+    head_only: bool,
+    towards: Tensor | None,
+    alpha: float | None,
+    epochs: int,
+    learning_rate: float,
+    minibatch: int,
+    seed: int,
+) -> Tensor:
+    """Adam on shuffled mini-batches, the learning rate falling to zero along a cosine."""
+    inputs, targets = stage.examples.tensors()
+    data = torch.utils.data.TensorDataset(torch.arange(stage.size))
+    loader = torch.utils.data.DataLoader(
+        data, minibatch, shuffle=True, generator=torch.Generator().manual_seed(seed)
+    )
+    theta = x.detach().clone().requires_grad_()
+    fixed = stage.embedding_vector()
+    optimizer = torch.optim.Adam([theta], lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    for _ in range(epochs):
+        for (indices,) in loader:
+            w, h = (fixed, theta) if head_only else stage.split(theta)
+            batch = map_leaves(partial(_rows, indices=indices), (inputs, targets))
+            batch = map_leaves(lambda leaf: leaf.to(stage.device), batch)
+            loss = stage.losses(w, h, *batch).mean() + stage.regularization(w, h)
+            if towards is not None and alpha is not None:
+                loss = loss + alpha * (w - towards) @ (w - towards)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return theta.detach()
+
+
+def _rows(leaf: Tensor, indices: Tensor) -> Tensor:
+    return leaf[indices.to(leaf.device)]
+
+
+def _lbfgs(
+    evaluate: _ValueAndGradient, x: Tensor, tol: float, evaluations: int
+) -> tuple[Tensor, int]:
+    """SciPy's L-BFGS, until the tolerance or until values stop distinguishing points."""
+
+    def function(values: np.ndarray) -> tuple[float, np.ndarray]:
+        point = torch.as_tensor(values).to(x)
+        value, gradient = evaluate(point)
+        return float(value), gradient.double().cpu().numpy()
+
+    # SciPy tests the largest component; a p-vector below tol/√p in each is below tol in norm.
+    result = scipy.optimize.minimize(
+        function,
+        x.double().cpu().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxcor": 50,
+            "maxfun": evaluations,
+            "maxiter": evaluations,
+            "ftol": 0.0,
+            "gtol": tol / len(x) ** 0.5,
+        },
+    )
+    return torch.as_tensor(result.x).to(x), int(result.nfev)
+
+
+def _lowest_eigenpair(hessian: LinearOperator, seed: int) -> tuple[float, Tensor]:
+    """The lowest eigenvalue of a Hessian, to about 1e-3 of its largest, and its vector."""
+    operator = hessian.to_scipy()
+    size = hessian.shape[0]
+    if size <= _SMALL:
+        values, vectors = torch.linalg.eigh(hessian.dense())
+        return float(values[0]), vectors[:, 0]
+    settings = {"k": 1, "v0": np.random.default_rng(seed).standard_normal(size), "ncv": 40}
+    largest = scipy.sparse.linalg.eigsh(
+        operator, which="LA", tol=1e-2, return_eigenvectors=False, **settings
+    )[0]
+    # ARPACK's tolerance is relative, so the lowest is sought as the farthest from the largest.
+    shifted = operator - largest * scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye(size))
+    values, vectors = scipy.sparse.linalg.eigsh(shifted, which="SA", tol=1e-3, **settings)
+    lowest = torch.as_tensor(vectors[:, 0], dtype=hessian.dtype, device=hessian.device)
+    return float(values[0] + largest), lowest
+
+
+def _leave_saddle(evaluate: _ValueAndGradient, x: Tensor, direction: Tensor) -> Tensor:
+    """The lowest point met along ± a direction of negative curvature."""
+    tried = [x + sign * 2.0**-k * direction for k in range(12) for sign in (1, -1)]
+    return min(tried, key=lambda point: float(evaluate(point)[0]))
+
+
+def _newton(
+    evaluate: _ValueAndGradient,
+    hessian: Callable[[Tensor], LinearOperator],
+    x: Tensor,
+    tol: float,
+    limit: int,
+) -> tuple[Tensor, int]:
+    """Inexact Newton steps while each lowers the gradient norm and the Hessian is definite."""
+    gradient = evaluate(x)[1]
+    for step in range(limit):
+        norm = float(gradient.norm())
+        if norm <= tol:
+            return x, step
+        solver = ConjugateGradient(tol=min(0.1, max(0.1 * tol / norm, 1e-8)))
+        with warnings.catch_warnings():
+            # The report is read right here; a loose or refused step is no news to the user.
+            warnings.simplefilter("ignore", SolverWarning)
+            solution = solver.solve(hessian(x), -gradient)
+        if solution.report.negative_curvature:
+            return x, step
+        trial = x + solution.x
+        new_gradient = evaluate(trial)[1]
+        if not float(new_gradient.norm()) < norm:
+            return x, step
+        x, gradient = trial, new_gradient
+    return x, limit

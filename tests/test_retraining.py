@@ -1,0 +1,332 @@
+"""The ground truth against trainings of its own, one dense Newton at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from conftest import problem_named
+from problems import ALPHAS, F64, Problem, newton, relative_error, retrain
+from torch import Tensor, nn
+
+from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence
+from msif_lib.retraining import Preconditioner, minimise, retrain_without
+from msif_lib.solvers import Dense
+
+QUIET = {"progress": False}
+
+
+# --- minimise ------------------------------------------------------------------------------------
+
+
+def rosenbrock(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Of dimension p, scaled differently in every row."""
+    x = x.detach().requires_grad_()
+    scale = (10.0 ** (which % 3)).to(x)
+    value = (scale[:, None] * (x[:, 1:] - x[:, :-1] ** 2) ** 2 + (1 - x[:, :-1]) ** 2).sum(1)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+def logistic(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """Strictly convex: log cosh of random projections with a shift a row, plus a square."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(12, x.shape[1], dtype=F64, generator=g)
+    x = x.detach().requires_grad_()
+    z = x @ a.T - (1 + which[:, None]) * 0.3
+    value = (torch.logaddexp(z, -z)).mean(1) + 0.05 * (x * x).sum(1)
+    return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+
+@pytest.mark.parametrize(("objective", "p"), [(rosenbrock, 4), (rosenbrock, 2), (logistic, 6)])
+def test_minimise_against_scipy(objective, p):
+    start = torch.linspace(-1.2, 0.8, 5 * p, dtype=F64).view(5, p)
+    found = minimise(objective, start, 1e-9, max_evaluations=5000)
+    assert found.converged.all()
+    for row in range(5):
+        which = torch.tensor([row])
+
+        def function(x, which=which):
+            value, gradient = objective(torch.tensor(x)[None], which)
+            return value.item(), gradient[0].numpy()
+
+        theirs = scipy.optimize.minimize(
+            function, start[row].numpy(), jac=True, method="BFGS", options={"gtol": 1e-9}
+        )
+        if objective is logistic:  # Rosenbrock's function has other minima in four dimensions
+            np.testing.assert_allclose(found.x[row].numpy(), theirs.x, atol=1e-7)
+        true = np.linalg.norm(function(found.x[row].numpy())[1])
+        assert float(found.gradient_norms[row]) == pytest.approx(true, rel=1e-6)
+        assert true <= 1e-9
+
+
+def test_minimise_rows_do_not_touch_each_other():
+    start = torch.linspace(-1, 1, 24, dtype=F64).view(4, 6)
+    together = minimise(logistic, start, 1e-10)
+    for row in range(4):
+        alone = minimise(
+            lambda x, which, row=row: logistic(x, which + row), start[row : row + 1], 1e-10
+        )
+        assert torch.allclose(alone.x[0], together.x[row], atol=1e-9)
+
+
+def test_minimise_counts_every_evaluation_and_is_quick_with_the_hessian():
+    calls = torch.zeros(3, dtype=torch.long)
+
+    def counted(x: Tensor, which: Tensor):
+        calls[which] += 1
+        return logistic(x, which)
+
+    start = torch.zeros(3, 6, dtype=F64)
+    found = minimise(counted, start, 1e-10)
+    assert torch.equal(found.evaluations, calls)
+    single = torch.autograd.functional.hessian(
+        lambda x: _value(x), minimise(logistic, start[:1], 1e-12).x[0]
+    )
+    near = minimise(logistic, found.x + 1e-2, 1e-10, Preconditioner(single))
+    assert near.evaluations.max() < minimise(logistic, found.x + 1e-2, 1e-10).evaluations.max()
+    assert near.converged.all()
+
+
+def _value(x: Tensor) -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(12, len(x), dtype=F64, generator=g) @ x - 0.3
+    return torch.logaddexp(z, -z).mean() + 0.05 * x @ x
+
+
+def test_minimise_is_honest_when_it_stops_short():
+    start = torch.full((2, 4), -1.2, dtype=F64)
+    found = minimise(rosenbrock, start, 1e-9, max_evaluations=7)
+    assert (found.evaluations <= 7).all()
+    assert not found.converged.any()
+    assert (found.gradient_norms > 1e-9).all()
+    impossible = minimise(logistic, torch.zeros(1, 6, dtype=F64), 1e-30)
+    assert not impossible.converged.any()
+    assert impossible.gradient_norms[0] < 1e-7
+
+
+def test_minimise_does_nothing_at_a_minimum():
+    there = minimise(logistic, torch.zeros(2, 6, dtype=F64), 1e-10).x
+    again = minimise(logistic, there, 1e-9)
+    assert torch.equal(again.x, there)
+    assert again.evaluations.tolist() == [1, 1]
+
+
+def test_minimise_backs_off_from_where_the_function_is_not_finite():
+    def log_barrier(x: Tensor, which: Tensor):
+        return (x - torch.log(x)).sum(1), 1 - 1 / x
+
+    found = minimise(log_barrier, torch.full((1, 2), 0.01, dtype=F64), 1e-9)
+    assert found.converged.all()
+    assert torch.allclose(found.x, torch.ones(1, 2, dtype=F64), atol=1e-7)
+    with pytest.raises(FloatingPointError, match="not finite at the start"):
+        minimise(log_barrier, torch.full((1, 2), -1.0, dtype=F64), 1e-9)
+
+
+def test_the_preconditioner_is_the_inverse_of_the_absolute_value():
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(4, 4, dtype=F64, generator=g))[0]
+    values = torch.tensor([3.0, -2.0, 0.5, 0.0], dtype=F64)
+    rows = torch.randn(3, 4, dtype=F64, generator=g)
+    inverse = (q / values.abs().clamp_min(3e-2)) @ q.T
+    assert torch.allclose(Preconditioner((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
+
+
+# --- retrain_without -----------------------------------------------------------------------------
+
+
+def by_newton(
+    problem: Problem, removal: list[int], alpha: float | None, renormalise: bool
+) -> tuple[Tensor, Tensor]:
+    """Test losses (T,) before and after a removal, each training a dense Newton's method."""
+    m = problem.spec.m
+    weights = torch.full((m,), 1 / (m - len(removal)) if renormalise else 1 / m, dtype=F64)
+    weights[removal] = 0
+    theta = newton(lambda v: problem.pretraining(v, weights), problem.pretrained.x).x
+    w = problem.split(theta)[0]
+    if alpha is None:
+        after = w, newton(lambda v: problem.finetuning(w, v), problem.finetuned.x).x
+    else:
+        tuned = newton(lambda v: problem.proximal(v, w, alpha), problem.tuned(alpha).x).x
+        after = problem.split(tuned)
+    return problem.test_losses(*problem.second(alpha)), problem.test_losses(*after)
+
+
+REMOVALS = [[0], [4], [30], [3, 9, 11], list(range(5, 13))]
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("alpha", [None, *ALPHAS])
+def test_retraining_is_what_newton_s_method_finds(convex, alpha, renormalise):
+    first, second = convex.stages(alpha)
+    found = retrain_without(
+        first, second, REMOVALS, convex.test_data, alpha, renormalise, tol=1e-11, **QUIET
+    )
+    assert found.converged.all()
+    assert found.converged_before
+    assert found.gradient_norms.max() <= 1e-11
+    assert found.convention == ("renormalised" if renormalise else "fixed weight")
+    assert found.start == "warm"
+    for number, removal in enumerate(REMOVALS):
+        before, after = by_newton(convex, removal, alpha, renormalise)
+        assert relative_error(found.losses[number], after) < 1e-9
+        assert relative_error(found.losses_before, before) < 1e-9
+        assert relative_error(found.per_test_change[number], after - before) < 1e-7
+    assert torch.allclose(found.change, found.per_test_change.sum(1))
+    assert found.losses.shape == (5, 6)
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
+def test_a_cold_start_ends_where_a_warm_one_does(convex, alpha):
+    first, second = convex.stages(alpha)
+    cold = convex.stages(alpha)
+    for stage in cold:
+        stage.load_vector(torch.zeros_like(stage.vector()))
+    warm = retrain_without(first, second, REMOVALS, convex.test_data, alpha, **QUIET)
+    found = retrain_without(
+        first, second, REMOVALS, convex.test_data, alpha, cold_start=cold, tol=1e-10, **QUIET
+    )
+    assert found.start == "cold"
+    assert found.converged.all()
+    assert torch.allclose(found.losses, warm.losses, atol=1e-7)
+    assert found.evaluations.sum() > warm.evaluations.sum()
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn average", "mlp with a penalty"])
+def test_networks_retrain_to_minima(name):
+    problem = problem_named(name)
+    for alpha in (None, ALPHAS[0]):
+        stages = problem.stages(alpha)
+        found = retrain_without(
+            *stages, [[1], [6]], problem.test_data, alpha, fraction=0.05, **QUIET
+        )
+        assert found.converged.all()
+        for number, i in enumerate((1, 6)):
+            weights = torch.full((problem.spec.m,), 1 / problem.spec.m, dtype=F64)
+            weights[i] *= 0.95
+            theta = retrain(lambda v, c=weights: problem.pretraining(v, c), problem.pretrained)
+            w = problem.split(theta)[0]
+            if alpha is None:
+                losses = problem.test_losses(
+                    w, retrain(lambda v, w=w: problem.finetuning(w, v), problem.finetuned)
+                )
+            else:
+                near = problem.tuned(alpha)
+                tuned = retrain(lambda v, w=w, a=alpha: problem.proximal(v, w, a), near)
+                losses = problem.test_losses(*problem.split(tuned))
+            assert relative_error(found.losses[number], losses) < 1e-7
+
+
+def test_how_many_models_run_together_changes_nothing(mlp):
+    first, second = mlp.stages()
+    removals = [[i] for i in range(7)]
+    base = retrain_without(first, second, removals, mlp.test_data, fraction=0.1, **QUIET)
+    for models_at_once in (1, 3):
+        other = retrain_without(
+            first, second, removals, mlp.test_data, fraction=0.1,
+            models_at_once=models_at_once, **QUIET,
+        )  # fmt: skip
+        assert torch.allclose(base.losses, other.losses, atol=1e-8)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
+def test_influence_is_the_first_order_of_retraining(convex, alpha, renormalise):
+    """The error falls in proportion to the weight that is removed."""
+    first, second = convex.stages(alpha)
+    if alpha is None:
+        run = FixedEmbeddingInfluence(first, second, Dense(), progress=False)
+    else:
+        run = UpdatedEmbeddingInfluence(first, second, alpha, Dense(), progress=False)
+    scores = run.scores(convex.test_data)
+    groups = [[2], [7], [1, 3, 8]]
+    errors = []
+    for fraction in (0.1, 0.01, 0.001):
+        found = retrain_without(
+            first, second, groups, convex.test_data, alpha, renormalise, fraction,
+            tol=1e-12, **QUIET,
+        )  # fmt: skip
+        m = convex.spec.m
+        predicted = torch.stack([scores.group_effect(group, renormalise) for group in groups])
+        if renormalise:  # the mean is over m - fraction s examples, not over m - s
+            sizes = torch.tensor([len(group) for group in groups], dtype=F64)
+            predicted = predicted * (m - sizes) / m
+        errors.append(relative_error(found.change / fraction, predicted))
+    assert errors[0] < 0.1
+    assert 8 < errors[0] / errors[1] < 12
+    assert 8 < errors[1] / errors[2] < 12
+
+
+def test_flags_say_when_a_training_stopped_short(mlp):
+    first, second = mlp.stages()
+    found = retrain_without(
+        first, second, [[0], [1]], mlp.test_data, max_evaluations=2, tol=1e-10, **QUIET
+    )
+    assert not found.converged.any()
+    assert found.converged_before, "nothing removed: the start is the optimum"
+    assert found.gradient_norms.max() > 1e-10
+    assert (found.evaluations <= 2).all()
+
+
+def test_float32_stages_are_retrained_in_float64(convex):
+    first, second = convex.stages(dtype=torch.float32)
+    x, y = convex.test_data
+    found = retrain_without(first, second, [[0]], (x.float(), y), tol=1e-10, **QUIET)
+    assert found.losses.dtype == F64
+    assert found.converged.all()
+    assert first.dtype == torch.float32
+    _, after = by_newton(convex, [0], None, False)
+    assert relative_error(found.losses[0], after) < 1e-5
+
+
+def test_the_stages_are_left_as_they_were(convex):
+    first, second = convex.stages()
+    before = first.vector(), second.vector()
+    retrain_without(first, second, [[0]], convex.test_data, **QUIET)
+    assert torch.equal(first.vector(), before[0])
+    assert torch.equal(second.vector(), before[1])
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("removals", "settings", "message"),
+    [
+        ([[]], {}, "removal 0 is empty"),
+        ([[0], [3, 3]], {}, "removal 1 names an example twice"),
+        ([[31]], {}, r"removal 0 names an example outside 0\.\.30"),
+        ([[-1]], {}, r"removal 0 names an example outside 0\.\.30"),
+        ([list(range(31))], {}, "removal 0 leaves no pretraining example"),
+        ([[0]], {"alpha": 0.0}, r"alpha must be positive \(or None for case 1\), not 0"),
+        ([[0]], {"alpha": float("nan")}, "alpha must be positive"),
+        ([[0]], {"tol": 0.0}, "tol must be positive, not 0"),
+        ([[0]], {"fraction": 0.0}, "fraction must lie above 0 and at most at 1, not 0"),
+        ([[0]], {"fraction": 1.1}, "fraction must lie above 0"),
+        ([[0]], {"models_at_once": 0}, "must be at least 1"),
+        ([[0]], {"max_evaluations": 0}, "must be at least 1"),
+    ],
+)
+def test_arguments_of_retraining(convex, removals, settings, message):
+    first, second = convex.stages()
+    with pytest.raises(ValueError, match=message):
+        retrain_without(first, second, removals, convex.test_data, **settings, **QUIET)
+
+
+def test_removals_must_be_sets(convex):
+    for flat in ([0, 1], torch.tensor([0, 1]), np.array([0, 1])):
+        with pytest.raises(TypeError, match=r"sets of indices.*\[\[0\], \[1\], \.\.\.\]"):
+            retrain_without(*convex.stages(), flat, convex.test_data, **QUIET)
+    rows = retrain_without(*convex.stages(), torch.tensor([[0], [1]]), convex.test_data, **QUIET)
+    assert rows.losses.shape == (2, 6)
+
+
+def test_retraining_refuses_other_stages_and_test_data(convex, mlp):
+    first, second = mlp.stages()
+    other = Stage(nn.Linear(4, 3, dtype=F64), second.head, second.loss, second.data)
+    with pytest.raises(ValueError, match="must have the same parameters; the names differ"):
+        retrain_without(first, other, [[0]], mlp.test_data, **QUIET)
+    x, y = mlp.test_data
+    with pytest.raises(ValueError, match="test data: the target of example 1 is 7, outside"):
+        retrain_without(first, second, [[0]], (x, torch.tensor([0, 7, 0, 0, 0, 0])), **QUIET)
+    assert y.shape == (6,)

@@ -1,0 +1,480 @@
+"""Solvers on hard systems, against SciPy's and NumPy's, and their reports against the facts."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import F64
+from torch import Tensor
+
+from msif_lib.curvature import LinearOperator
+from msif_lib.solvers import (
+    ConjugateGradient,
+    Dense,
+    Identity,
+    MinRes,
+    Solver,
+    SolveReport,
+    SolverWarning,
+)
+
+SOLVED = "solved to the tolerance"
+
+
+def symmetric(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    g = torch.Generator().manual_seed(seed)
+    p = len(eigenvalues)
+    q = torch.linalg.qr(torch.randn(p, p, dtype=F64, generator=g))[0]
+    matrix = (q * eigenvalues) @ q.T
+    return (matrix + matrix.T) / 2
+
+
+def right_hand_sides(p: int, k: int, seed: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(p, k, dtype=F64, generator=g)
+
+
+def spectrum(p: int, condition: float, negative: int = 0) -> Tensor:
+    values = torch.logspace(0, -np.log10(condition), p, dtype=F64)
+    values[1 : 2 * negative : 2] *= -1
+    return values
+
+
+def quietly(solver: Solver, a, b: Tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolverWarning)
+        return solver.solve(a, b)
+
+
+def residuals(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    scale = b.norm(dim=0)
+    return (b - a @ x).norm(dim=0) / torch.where(scale > 0, scale, 1.0)
+
+
+class Counting:
+    """An operator that counts the columns it is applied to."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.columns = matrix, 0
+
+    @property
+    def shape(self):
+        return self.matrix.shape
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        self.columns += x.shape[1]
+        return self.matrix @ x
+
+
+# --- well-posed systems ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e6])
+@pytest.mark.parametrize("solver", [ConjugateGradient(tol=1e-10), MinRes(tol=1e-10), Dense()])
+def test_definite_systems(solver, condition):
+    a, b = symmetric(spectrum(60, condition)), right_hand_sides(60, 3)
+    solution = solver.solve(a, b)
+    report = solution.report
+    exact = np.linalg.solve(a.numpy(), b.numpy())
+    assert report.converged
+    assert report.message == SOLVED
+    assert not report.negative_curvature
+    assert report.residual <= 1e-10
+    error = np.linalg.norm(solution.x.numpy() - exact) / np.linalg.norm(exact)
+    assert error <= 10 * condition * 1e-10
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e5])
+@pytest.mark.parametrize("solver", [MinRes(tol=1e-9), Dense()])
+def test_indefinite_systems(solver, condition):
+    a, b = symmetric(spectrum(50, condition, negative=10)), right_hand_sides(50, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solution = solver.solve(a, b)
+    assert solution.report.converged
+    assert solution.report.negative_curvature
+    assert "not positive definite" in solution.report.message
+    assert [entry.category for entry in caught] == [SolverWarning]
+    exact = np.linalg.solve(a.numpy(), b.numpy())
+    error = np.linalg.norm(solution.x.numpy() - exact) / np.linalg.norm(exact)
+    assert error <= 10 * condition * 1e-9
+
+
+def test_conjugate_gradient_stops_at_negative_curvature():
+    a, b = symmetric(spectrum(50, 1e3, negative=10)), right_hand_sides(50, 2)
+    with pytest.warns(SolverWarning, match=r"ConjugateGradient: met negative curvature.*MinRes"):
+        report = ConjugateGradient().solve(a, b).report
+    assert report.negative_curvature
+    assert not report.converged
+    assert "raise the damping" in report.message
+
+
+def test_conjugate_gradient_takes_the_iterations_of_scipy():
+    a, b = symmetric(spectrum(80, 1e3)), right_hand_sides(80, 1)[:, 0]
+    for ours, theirs in (
+        (ConjugateGradient(tol=1e-6), scipy.sparse.linalg.cg),
+        (MinRes(tol=1e-6), scipy.sparse.linalg.minres),
+    ):
+        count = []
+        x, info = theirs(a.numpy(), b.numpy(), rtol=1e-6, callback=lambda v, c=count: c.append(1))
+        assert info == 0
+        solution = ours.solve(a, b)
+        # SciPy's MINRES measures against ||A|| ||x|| and may stop sooner; sums in another order
+        # make a few iterations of difference after a hundred.
+        if theirs is scipy.sparse.linalg.cg:
+            assert abs(solution.report.iterations - len(count)) <= 5
+        assert np.linalg.norm(solution.x.numpy() - x) <= 1e-2 * np.linalg.norm(x)
+
+
+def test_minres_gives_scipys_iterates():
+    """The same Krylov space and the same minimiser, an iteration at a time."""
+    a, b = symmetric(spectrum(30, 1e2, negative=5)), right_hand_sides(30, 1)[:, 0]
+    for iterations in (1, 2, 5, 9):
+        x, _ = scipy.sparse.linalg.minres(a.numpy(), b.numpy(), rtol=1e-15, maxiter=iterations)
+        ours = quietly(MinRes(tol=1e-12, max_iterations=iterations), a, b)
+        np.testing.assert_allclose(ours.x.numpy(), x, rtol=1e-8, atol=1e-10)
+        assert ours.report.iterations == iterations
+
+
+def test_several_right_hand_sides_are_solved_as_each_alone():
+    """One zero, one that is an eigenvector (done at once), one nearly in a small eigenspace."""
+    a = symmetric(spectrum(40, 1e4))
+    values, vectors = torch.linalg.eigh(a)
+    b = right_hand_sides(40, 5)
+    b[:, 1] = 0
+    b[:, 2] = vectors[:, 7]
+    b[:, 3] = vectors[:, 0] + 1e-7 * b[:, 3]
+    b[:, 4] *= 1e-12
+    for solver in (ConjugateGradient(tol=1e-9), MinRes(tol=1e-9), Dense()):
+        solution = solver.solve(a, b)
+        assert solution.report.converged
+        assert torch.equal(solution.x[:, 1], torch.zeros(40, dtype=F64))
+        assert solution.report.residuals[1] == 0
+        assert torch.allclose(solution.x[:, 2], vectors[:, 7] / values[7], rtol=1e-5, atol=1e-8)
+        assert residuals(a, b, solution.x).max() <= 1e-9
+        for number in range(5):
+            alone = solver.solve(a, b[:, number]).x
+            scale = 1e-4 * solution.x[:, number].norm()
+            assert (alone - solution.x[:, number]).norm() <= scale
+
+
+def test_only_zero_right_hand_sides():
+    a = symmetric(spectrum(7, 10))
+    for solver in (ConjugateGradient(), MinRes(), Dense(), ConjugateGradient(squared=True)):
+        solution = solver.solve(a, torch.zeros(7, 2, dtype=F64))
+        assert torch.equal(solution.x, torch.zeros(7, 2, dtype=F64))
+        assert solution.report.converged
+        assert solution.report.residuals == (0, 0)
+
+
+@pytest.mark.parametrize("solver", [ConjugateGradient, MinRes])
+def test_a_solve_can_begin_near_its_end(solver):
+    """A right-hand side whose first iterate already satisfies the tolerance."""
+    a = torch.eye(9, dtype=F64) * 3
+    report = solver(tol=1e-3).solve(a, torch.ones(9, dtype=F64)).report
+    assert report.iterations == 1
+    assert report.converged
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3])
+@pytest.mark.parametrize("solver", [ConjugateGradient(), MinRes(), Dense()])
+def test_float32(solver, condition):
+    a, b = symmetric(spectrum(50, condition)), right_hand_sides(50, 2)
+    solution = solver.solve(a.float(), b.float())
+    assert solution.x.dtype == torch.float32
+    assert solution.report.converged
+    assert residuals(a, b, solution.x.to(F64)).max() <= 1.2e-4
+
+
+def test_float32_says_where_it_can_go_no_further():
+    a, b = symmetric(spectrum(60, 1e6)).float(), right_hand_sides(60, 1).float()
+    with pytest.warns(SolverWarning, match=r"relative residual .* where 1.0e-07 was asked for"):
+        report = MinRes(tol=1e-7).solve(a, b).report
+    assert not report.converged
+    assert 1e-7 < report.residual < 1
+
+
+# --- damping, the paper's squared system, the identity --------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 2.0])
+@pytest.mark.parametrize(
+    "solver", [ConjugateGradient(tol=1e-10), MinRes(tol=1e-10), Dense()], ids=lambda s: type(s)
+)
+def test_damping_is_added_to_the_diagonal_once(solver, damping):
+    a, b = symmetric(spectrum(30, 1e3)), right_hand_sides(30, 2)
+    solution = replace(solver, damping=damping).solve(a, b)
+    shifted = a + damping * torch.eye(30, dtype=F64)
+    assert torch.allclose(solution.x, torch.linalg.solve(shifted, b), rtol=1e-6, atol=1e-6)
+    assert solution.report.damping == damping
+    assert solution.report.system == (f"(A + {damping:g} I) x = b" if damping else "A x = b")
+
+
+@pytest.mark.parametrize("negative", [0, 8])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_the_squared_system_is_eq_16(negative, damping):
+    """(A² + λI) x = A b: h/(h² + λ) on each eigenvalue, the sign kept where h < 0."""
+    a, b = symmetric(spectrum(30, 1e2, negative)), right_hand_sides(30, 2)
+    solver = ConjugateGradient(squared=True, damping=damping, tol=1e-11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = solver.solve(a, b)
+    h, vectors = torch.linalg.eigh(a)
+    exact = vectors @ ((h / (h**2 + damping))[:, None] * (vectors.T @ b))
+    assert (solution.x - exact).norm() <= 1e-6 * exact.norm()
+    system = a @ a + damping * torch.eye(30, dtype=F64)
+    assert residuals(system, a @ b, solution.x).max() <= 1e-11
+    assert solution.report.system == ("(A² + 0.01 I) x = A b" if damping else "A² x = A b")
+
+
+def test_the_squared_system_of_a_singular_matrix():
+    """Flat directions are left out: the least-norm solution."""
+    a = symmetric(torch.tensor([3.0, 2.0, 1.0, -1.0, 0.0, 0.0], dtype=F64))
+    b = right_hand_sides(6, 1)
+    x = ConjugateGradient(squared=True, tol=1e-12).solve(a, b).x
+    assert torch.allclose(x, torch.linalg.pinv(a, rtol=1e-10) @ b, rtol=1e-8, atol=1e-10)
+
+
+def test_identity_is_a_baseline_and_says_so():
+    a, b = symmetric(spectrum(10, 10)), right_hand_sides(10, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = Identity().solve(a, b)
+    assert torch.equal(solution.x, b)
+    assert solution.x.data_ptr() != b.data_ptr()
+    assert not solution.report.converged
+    assert "baseline" in solution.report.message
+    np.testing.assert_allclose(solution.report.residuals, residuals(a, b, b).numpy())
+
+
+# --- singular systems --------------------------------------------------------------------------
+
+
+def singular(p: int, rank: int) -> Tensor:
+    values = torch.cat([torch.logspace(0, -1, rank, dtype=F64), torch.zeros(p - rank, dtype=F64)])
+    return symmetric(values, seed=p)
+
+
+@pytest.mark.parametrize(("p", "rank"), [(10, 7), (30, 25), (60, 40)])
+def test_singular_systems_that_have_a_solution(p, rank):
+    a = singular(p, rank)
+    b = a @ right_hand_sides(p, 2)
+    exact = torch.linalg.pinv(a, rtol=1e-10) @ b
+    for solver in (MinRes(tol=1e-9), ConjugateGradient(tol=1e-9), Dense()):
+        solution = quietly(solver, a, b)
+        assert residuals(a, b, solution.x).max() <= 1e-9
+        assert (solution.x - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("p", "rank"), [(2, 1), (10, 7), (30, 25), (60, 40)])
+def test_singular_systems_without_a_solution_are_not_blown_up(p, rank, dtype):
+    """MINRES ends at the least residual, not at the rounding of a division by zero."""
+    a, b = singular(p, rank).to(dtype), right_hand_sides(p, 2).to(dtype)
+    exact = torch.linalg.pinv(a.double(), rtol=1e-6) @ b.double()
+    least = residuals(a.double(), b.double(), exact).max()
+    with pytest.warns(SolverWarning, match="MinRes: stagnated: the system is singular, or float"):
+        solution = MinRes().solve(a, b)
+    assert not solution.report.converged
+    assert solution.report.residual <= 1.05 * least
+    with pytest.warns(SolverWarning, match=r"Dense: A x = b is singular \(\d+ eigen.*damping"):
+        solution = Dense().solve(a, b)
+    assert not solution.report.converged
+    assert (solution.x - exact).norm() <= 1e-3 * exact.norm()
+
+
+def test_a_pivot_that_is_rounding_does_not_pass_for_a_solution():
+    a = torch.diag(torch.tensor([1.0, 1e-17, 1.0], dtype=F64))
+    solution = quietly(Dense(), a, torch.ones(3, dtype=F64))
+    assert "singular" in solution.report.message
+    assert torch.equal(solution.x, torch.tensor([1.0, 0.0, 1.0], dtype=F64))
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+@given(
+    p=st.integers(2, 25),
+    k=st.integers(1, 3),
+    condition=st.floats(0, 5),
+    negative=st.integers(0, 5),
+    zeros=st.integers(0, 2),
+    damping=st.sampled_from([0.0, 1e-3]),
+    kind=st.sampled_from(["cg", "squared", "minres", "dense"]),
+    tol=st.sampled_from([1e-3, 1e-6, 1e-9]),
+    dtype=st.sampled_from([torch.float32, F64]),
+    seed=st.integers(0, 2**16),
+)
+def test_no_report_says_what_is_not_so(
+    p, k, condition, negative, zeros, damping, kind, tol, dtype, seed
+):
+    """The residual reported is the true one, and converged means within the tolerance."""
+    values = spectrum(p, 10**condition, min(negative, p // 2))
+    values[p - min(zeros, p - 1) :] = 0
+    a = symmetric(values, seed).to(dtype)
+    b = right_hand_sides(p, k, seed).to(dtype)
+    solver = {
+        "cg": ConjugateGradient(tol=tol, damping=damping),
+        "squared": ConjugateGradient(tol=tol, damping=damping, squared=True),
+        "minres": MinRes(tol=tol, damping=damping),
+        "dense": Dense(damping=damping),
+    }[kind]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solution = solver.solve(a, b)
+    report = solution.report
+    eye = torch.eye(p, dtype=dtype)
+    system, rhs = (a @ a + damping * eye, a @ b) if kind == "squared" else (a + damping * eye, b)
+    true = residuals(system.double(), rhs.double(), solution.x.double())
+    # What computing b - A x in this precision can err by.
+    eps = torch.finfo(dtype).eps
+    size = float(system.norm()) * float(solution.x.norm())
+    floor = 10 * p * eps * (1 + size / float(rhs.norm(dim=0).min()))
+    assert np.allclose(report.residuals, true.numpy(), rtol=0.01, atol=floor)
+    if report.converged and kind != "dense":
+        assert max(report.residuals) <= tol
+    assert report.converged == (report.residual <= tol) or kind == "dense"
+    assert bool(caught) == (report.message != SOLVED)
+    assert report.converged or caught
+    assert solution.x.isfinite().all()
+
+
+def test_histories():
+    """One entry an iteration; MINRES's never grow within a run."""
+    a, b = symmetric(spectrum(50, 1e4, negative=10)), right_hand_sides(50, 3)
+    report = quietly(MinRes(tol=1e-8), a, b).report
+    history = np.array(report.history)
+    assert len(history) == report.iterations
+    assert (np.diff(history) <= 1e-12).all()
+    assert history[-1] <= 1e-8
+    definite = symmetric(spectrum(50, 1e4))
+    report = ConjugateGradient(tol=1e-8).solve(definite, b).report
+    assert len(report.history) == report.iterations
+    assert report.history[-1] <= 1e-8
+    assert report.residual == max(report.residuals)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [MinRes(), ConjugateGradient(), ConjugateGradient(squared=True), Dense(), Identity()],
+    ids=["minres", "cg", "squared", "dense", "identity"],
+)
+def test_products_are_counted_in_columns(solver):
+    matrix, b = symmetric(spectrum(20, 100)), right_hand_sides(20, 3)
+    if isinstance(solver, Dense):
+
+        class Operator(LinearOperator):
+            shape, dtype, device = (20, 20), F64, torch.device("cpu")
+
+            def _product(self, columns: Tensor) -> Tensor:
+                return matrix @ columns
+
+        assert solver.solve(Operator(), b).report.products == 20
+        assert solver.solve(matrix, b).report.products == 0
+        return
+    counting = Counting(matrix)
+    assert solver.solve(counting, b).report.products == counting.columns
+
+
+def test_a_converged_column_costs_nothing_more():
+    a = symmetric(spectrum(40, 1e4))
+    b = right_hand_sides(40, 2)
+    b[:, 1] = torch.linalg.eigh(a)[1][:, 3]
+    for solver in (MinRes(), ConjugateGradient()):
+        together = solver.solve(a, b).report
+        alone = solver.solve(a, b[:, 0]).report
+        assert together.products <= alone.products + 5
+
+
+def test_limits_of_iterations():
+    a, b = symmetric(spectrum(60, 1e5)), right_hand_sides(60, 1)
+    for solver in (ConjugateGradient(max_iterations=5), MinRes(max_iterations=5)):
+        with pytest.warns(SolverWarning, match=r"stopped at the limit of 5 iterations.*Allow more"):
+            report = solver.solve(a, b).report
+        assert report.iterations == 5
+        assert not report.converged
+
+
+@pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-11])
+def test_the_tolerance_is_honoured_and_not_by_far_exceeded(tol):
+    a, b = symmetric(spectrum(60, 1e3)), right_hand_sides(60, 1)
+    for solver in (ConjugateGradient(tol=tol), MinRes(tol=tol)):
+        report = solver.solve(a, b).report
+        assert tol / 100 <= report.residual <= tol
+
+
+def test_the_scale_of_the_system_changes_nothing():
+    """Tolerances are relative to b, and to nothing else."""
+    a, b = symmetric(spectrum(30, 1e3, negative=5)), right_hand_sides(30, 2)
+    base = quietly(MinRes(), a, b)
+    for scale_a, scale_b in ((1e-9, 1.0), (1e9, 1.0), (1.0, 1e-9), (1.0, 1e9)):
+        scaled = quietly(MinRes(), scale_a * a, scale_b * b)
+        assert scaled.report.iterations == pytest.approx(base.report.iterations, abs=2)
+        expected = base.x * scale_b / scale_a
+        assert (scaled.x - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_calling_a_solver_is_solving():
+    a, b = symmetric(spectrum(5, 10)), right_hand_sides(5, 1)[:, 0]
+    for solver in (MinRes(), ConjugateGradient(), Dense(), Identity()):
+        assert torch.equal(solver(a, b).x, solver.solve(a, b).x)
+        assert solver(a, b).x.shape == (5,)
+        assert isinstance(solver(a, b, progress=False).report, SolveReport)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_arguments_of_solvers():
+    for kind in (ConjugateGradient, MinRes, Dense, Identity):
+        with pytest.raises(ValueError, match="damping must be zero or positive, not -1"):
+            kind(damping=-1)
+        with pytest.raises(ValueError, match="damping must be zero or positive, not nan"):
+            kind(damping=float("nan"))
+    for kind in (ConjugateGradient, MinRes):
+        for tol in (0.0, 1.0, -1e-3, float("nan")):
+            with pytest.raises(ValueError, match="tol must lie between 0 and 1"):
+                kind(tol=tol)
+        with pytest.raises(ValueError, match="max_iterations must be at least 1, not 0"):
+            kind(max_iterations=0)
+
+
+ALL = [MinRes(), ConjugateGradient(), ConjugateGradient(squared=True), Dense(), Identity()]
+
+
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_right_hand_sides_that_do_not_fit(solver):
+    a = torch.eye(4, dtype=F64)
+    for shape in ((3,), (3, 2), (4, 2, 2)):
+        with pytest.raises(ValueError, match=r"right-hand side of shape .* does not fit.*\(4, 4\)"):
+            solver.solve(a, torch.ones(*shape, dtype=F64))
+    with pytest.raises(ValueError, match="does not fit"):
+        solver.solve(torch.ones(4, 3, dtype=F64), torch.ones(4, dtype=F64))
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the right-hand side is not finite"):
+            solver.solve(a, torch.tensor([1.0, bad, 0.0, 0.0], dtype=F64))
+
+
+@pytest.mark.parametrize("solver", ALL, ids=str)
+def test_products_that_are_not_finite(solver):
+    a = torch.eye(4, dtype=F64)
+    a[2, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="product with the operator is not finite"):
+        solver.solve(a, torch.ones(4, dtype=F64))
+
+
+def test_methods_that_a_base_class_does_not_have():
+    with pytest.raises(TypeError, match="Solver does not define a method"):
+        Solver().solve(torch.eye(2), torch.ones(2))
+    operator = LinearOperator()
+    operator.shape, operator.dtype, operator.device = (2, 2), F64, torch.device("cpu")
+    with pytest.raises(TypeError, match="LinearOperator does not define a product"):
+        operator @ torch.ones(2, dtype=F64)
