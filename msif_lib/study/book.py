@@ -11,6 +11,7 @@ leaves the last good one in place.
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import os
 import re
@@ -72,7 +73,23 @@ def assemble(root: Path, profile: str) -> Path:
         target = tree / notebook.section / executed.name
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(executed, target)
+        _save_glued_figures(executed, tree / "figures")
     return tree
+
+
+def _save_glued_figures(executed: Path, folder: Path) -> None:
+    """Save the figures that a notebook glues as ``<notebook>-<name>.png``, for other pages.
+
+    Sphinx copies the images that a page shows, but not one shown from another page by glue.
+    """
+    for cell in nbformat.read(executed, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
+            image = output.get("data", {}).get("application/papermill.record/image/png")
+            if name and image:
+                folder.mkdir(exist_ok=True)
+                path = folder / f"{executed.stem}-{name}.png"
+                path.write_bytes(base64.b64decode(image))
 
 
 def _refuse_errors(path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
@@ -126,6 +128,18 @@ def scatter_agreement(
         zorder=4,
     )
     ax.legend(loc="lower right")
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Show rows as a table without an index, in the page's own colours.
+
+    Parameters
+    ----------
+    rows : iterable of mapping
+        Columns in the order of the first row.
+    """
+    frame = pd.DataFrame(list(rows))
+    display(frame.style.hide(axis="index").set_table_attributes('class="dataframe"'))
 
 
 def image_grid(
