@@ -37,7 +37,7 @@ experiments: venv ## execute the notebooks that changed, without rendering the b
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
 
 test: lint ## lint, check types and run the tests (PYTEST_ARGS='-k name' to choose)
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n "$(JOBS)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n "$(JOBS)" --dist loadgroup $(PYTEST_ARGS)
 
 lint: venv ## check style, formatting and types
 	$(VENV)/ruff check --quiet .

@@ -177,7 +177,7 @@ class _SecondDerivative(LinearOperator):
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             used[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # the tensor itself would close a cycle that is never freed
 
         for batch in self.stage.batches():
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

@@ -101,7 +101,8 @@ class Scores:
         Raises
         ------
         ValueError
-            The set repeats an example or, where renormalised, leaves none.
+            The set repeats an example, names one that has no score or, where renormalised,
+            leaves none.
         """
         chosen = self._chosen(indices)
         if not renormalise:
@@ -110,8 +111,19 @@ class Scores:
 
     def _chosen(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The indices of a set as a tensor; a Boolean mask is turned into indices."""
-        chosen = torch.as_tensor(indices, device=self.values.device)
-        chosen = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen.long()
+        chosen, size = torch.as_tensor(indices, device=self.values.device), len(self.values)
+        if not chosen.numel():
+            chosen = chosen.long()
+        if chosen.is_floating_point() or chosen.dim() != 1:
+            raise ValueError("indices must be a vector of whole numbers or a Boolean mask")
+        if chosen.dtype == torch.bool:
+            if len(chosen) != size:
+                raise ValueError(f"a mask of length {len(chosen)} does not fit {size} scores")
+            return chosen.nonzero()[:, 0]
+        chosen = chosen.long()
+        if ((chosen < -size) | (chosen >= size)).any():
+            raise ValueError(f"indices name an example outside 0..{size - 1}")
+        chosen = chosen % size  # −1 is the last
         if len(chosen.unique()) != len(chosen):
             raise ValueError("indices name an example twice; a set holds each example once")
         return chosen
@@ -142,12 +154,18 @@ def _callers_level() -> int:
     return level
 
 
+def _check_solver(name: str, solver: Solver) -> None:
+    if isinstance(solver, type) or not hasattr(solver, "solve"):
+        raise TypeError(f"{name} must be a solver of msif_lib.solvers, as MinRes(), not {solver!r}")
+
+
 class _Influence:
     """What the three influence functions share: checks, the last solve and the sweep."""
 
     _first_stage = "training"
 
     def __init__(self, trained: Stage, solver: Solver, stationarity_tol: float, progress: bool):
+        _check_solver("solver", solver)
         self.solver = solver
         self.progress = progress
         self.gradient_norms: dict[str, float] = {}
@@ -355,6 +373,8 @@ class _MultiStageInfluence(_Influence):
         progress: bool,
     ) -> None:
         check_pair(pretrain, second, name)
+        _check_solver("solver", solver)
+        _check_solver("finetune_solver", finetune_solver or solver)
         super().__init__(pretrain, solver, stationarity_tol, progress)
         self.pretrain = pretrain
         self.finetune_solver = finetune_solver or solver
@@ -403,9 +423,9 @@ class FixedEmbeddingInfluence(_MultiStageInfluence):
     Raises
     ------
     ValueError
-        Embeddings whose parameters differ in name, shape or value; stages of different dtype
-        or device; an embedding or a finetuning head without parameters; a gradient that is not
-        finite.
+        Embeddings whose parameters differ in name, shape or value, or whose buffers differ;
+        stages of different dtype or device; an embedding or a finetuning head without
+        parameters; a gradient that is not finite.
 
     Warns
     -----
@@ -425,6 +445,14 @@ class FixedEmbeddingInfluence(_MultiStageInfluence):
         super().__init__(
             pretrain, finetune, "finetune", solver, finetune_solver, stationarity_tol, progress
         )
+        buffers = [dict(stage.embedding.named_buffers()) for stage in (pretrain, finetune)]
+        if list(buffers[0]) != list(buffers[1]) or not all(
+            torch.equal(value, buffers[1][name]) for name, value in buffers[0].items()
+        ):
+            raise ValueError(
+                "case 1 keeps the embedding fixed, but the buffers of finetune.embedding (running "
+                "statistics, say) differ from those of pretrain.embedding"
+            )
         if not torch.equal(pretrain.embedding_vector(), finetune.embedding_vector()):
             raise ValueError(
                 "case 1 keeps the embedding fixed, but the parameters of finetune.embedding "
@@ -479,9 +507,9 @@ class UpdatedEmbeddingInfluence(_MultiStageInfluence):
     Raises
     ------
     ValueError
-        α ≤ 0; the same embedding module in both stages; embeddings whose parameters differ in
-        name or shape; stages of different dtype or device; an embedding or a finetuning head
-        without parameters; a gradient that is not finite.
+        α ≤ 0 or infinite; the same embedding module in both stages; embeddings whose parameters
+        differ in name or shape; stages of different dtype or device; an embedding or a
+        finetuning head without parameters; a gradient that is not finite.
 
     Warns
     -----
@@ -499,10 +527,10 @@ class UpdatedEmbeddingInfluence(_MultiStageInfluence):
         stationarity_tol: float = 1e-4,
         progress: bool = True,
     ) -> None:
-        if not alpha > 0:
+        if not 0 < alpha < float("inf"):
             raise ValueError(
-                f"alpha must be positive, not {alpha}: at 0 the finetuned model no longer "
-                "depends on the pretrained embedding in this formulation"
+                f"alpha must be positive, not {alpha}: at 0 the finetuned model no "
+                "longer depends on the pretrained embedding in this formulation"
             )
         if pretrain.embedding is tuned.embedding:
             raise ValueError(

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from torch.func import vmap
 from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, Hessian, LinearOperator
-from msif_lib.data import Batch, Examples, map_leaves
+from msif_lib.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
 from msif_lib.stage import Stage, check_pair
 
 #: Values ``(R,)`` and gradients ``(R, p)`` of R objectives at R parameter vectors ``(R, p)``;
@@ -35,7 +37,7 @@ BatchedObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # A warm start that has not converged after this many evaluations has left the region where the
 # Hessian at the start is of use.
 _PRECONDITIONED = 50
-# Above this many parameters a warm start goes without the factorised Hessian unless asked.
+# Above this many parameters a warm start goes without the factorised Hessian.
 _DENSE_PARAMETERS = 4000
 
 
@@ -299,8 +301,11 @@ def retrain_without(
         begin = (cold_start[0].to(torch.float64), cold_start[1].to(torch.float64))
     else:
         preconditioners = (
-            _preconditioner(Hessian(pretrain)),
-            _preconditioner(_finetuning_hessian(finetune, alpha)),
+            _preconditioner(pretrain.vector(), lambda: Hessian(pretrain)),
+            _preconditioner(
+                finetune.head_vector() if alpha is None else finetune.vector(),
+                lambda: _finetuning_hessian(finetune, alpha),
+            ),
         )
     limit = max_evaluations or (20_000 if cold_start else 5000)
 
@@ -320,10 +325,10 @@ def retrain_without(
                 second = torch.cat([embeddings, second[:, finetune.embedding_size :]], 1)
             terms = _proximal_terms(finetune, embeddings, alpha)
         finetuned = _minimise_from(_batched(terms), second, tol, preconditioners[1], limit)
-        final = torch.cat([embeddings, finetuned.x], 1) if alpha is None else finetuned.x
+        x = torch.cat([embeddings, finetuned.x], 1) if alpha is None else finetuned.x
         with torch.no_grad():
             losses = [
-                vmap(lambda theta, b=batch: tested.losses(*tested.split(theta), *b))(final)
+                _for_each_model(lambda theta, b=batch: tested.losses(*tested.split(theta), *b), x)
                 for batch in tested.batches()
             ]
         return torch.cat(losses, 1), pretrained, finetuned
@@ -379,6 +384,22 @@ def _minimise_from(
     return Minimum(x, norms, norms <= tol, evaluations)
 
 
+def _for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
+    """Apply a function of one model to R of them, the first dimension of every argument.
+
+    Vectorised by `torch.func.vmap`; one model after the other where a layer cannot be
+    (recurrent ones have no batching rule).
+    """
+    try:
+        return vmap(function)(*arguments)
+    except RuntimeError as error:
+        if "atching rule" not in str(error):
+            raise
+        count = leaves(arguments[0])[0].shape[0]
+        each = [function(*map_leaves(itemgetter(row), arguments)) for row in range(count)]
+        return concatenate([map_leaves(itemgetter(None), one) for one in each])
+
+
 # A term of R objectives: maps parameters (r, p) and the objectives' numbers (r,) to values (r,).
 _Terms = Callable[[Tensor, Tensor], Iterator[Tensor]]
 
@@ -405,10 +426,12 @@ def _pretraining_terms(stage: Stage, weights: Tensor) -> _Terms:
     """Σ_j c_rj g_j(θ_r) + R_G(θ_r), with the weights c ``(R, m)``."""
 
     def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        yield vmap(lambda theta: stage.regularization(*stage.split(theta)))(x)
+        yield _for_each_model(lambda theta: stage.regularization(*stage.split(theta)), x)
         start = 0
         for batch in stage.batches():
-            losses = vmap(lambda theta, b=batch: stage.losses(*stage.split(theta), *b))(x)
+            losses = _for_each_model(
+                lambda theta, b=batch: stage.losses(*stage.split(theta), *b), x
+            )
             stop = start + losses.shape[1]
             yield (weights[which, start:stop] * losses).sum(1)
             start = stop
@@ -420,15 +443,15 @@ def _head_terms(stage: Stage, embeddings: Tensor) -> _Terms:
     """F(W_r, Θ_r) as a function of Θ_r; the fixed embeddings are evaluated once."""
     with torch.no_grad():
         features = [
-            (vmap(lambda w, i=inputs: stage.embed(w, i))(embeddings), targets)
+            (_for_each_model(lambda w, i=inputs: stage.embed(w, i), embeddings), targets)
             for inputs, targets in stage.batches()
         ]
 
     def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        yield vmap(stage.regularization)(embeddings[which], x)
+        yield _for_each_model(stage.regularization, embeddings[which], x)
         for embedded, targets in features:
             some = map_leaves(lambda leaf: leaf[which], embedded)
-            losses = vmap(lambda h, f, t=targets: stage.head_losses(h, f, t))(x, some)
+            losses = _for_each_model(lambda h, f, t=targets: stage.head_losses(h, f, t), x, some)
             yield losses.sum(1) / stage.size
 
     return terms
@@ -440,9 +463,11 @@ def _proximal_terms(stage: Stage, embeddings: Tensor, alpha: float) -> _Terms:
     def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
         away = x[:, : stage.embedding_size] - embeddings[which]
         yield alpha * (away * away).sum(1)
-        yield vmap(lambda theta: stage.regularization(*stage.split(theta)))(x)
+        yield _for_each_model(lambda theta: stage.regularization(*stage.split(theta)), x)
         for batch in stage.batches():
-            losses = vmap(lambda theta, b=batch: stage.losses(*stage.split(theta), *b))(x)
+            losses = _for_each_model(
+                lambda theta, b=batch: stage.losses(*stage.split(theta), *b), x
+            )
             yield losses.sum(1) / stage.size
 
     return terms
@@ -467,8 +492,10 @@ def _finetuning_hessian(finetune: Stage, alpha: float | None) -> LinearOperator:
     return AddDiagonal(Hessian(finetune), diagonal)
 
 
-def _preconditioner(hessian: LinearOperator) -> Preconditioner | None:
-    return Preconditioner(hessian.dense()) if hessian.shape[0] <= _DENSE_PARAMETERS else None
+def _preconditioner(
+    parameters: Tensor, hessian: Callable[[], LinearOperator]
+) -> Preconditioner | None:
+    return Preconditioner(hessian().dense()) if len(parameters) <= _DENSE_PARAMETERS else None
 
 
 def _double(test: Batch, device: torch.device) -> Batch:

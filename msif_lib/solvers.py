@@ -101,7 +101,7 @@ class Solver:
     damping: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0:
+        if not 0 <= self.damping < float("inf"):
             raise ValueError(f"damping must be zero or positive, not {self.damping}")
 
     def __call__(self, operator: Operator, b: Tensor, *, progress: bool = False) -> Solution:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader, Dataset
@@ -84,10 +86,35 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a_first <= b_last and b_first <= a_last
 
 
+@contextmanager
+def _differentiable_kernels(module: nn.Module) -> Iterator[None]:
+    """Kernels that have second and forward-mode derivatives, which the fused ones have not."""
+    recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
 def _call(module: nn.Module, vector: Tensor, inputs: Nested) -> Any:
-    if vector.numel() == 0:
-        return module(inputs)
-    return functional_call(module, _named(module, vector), (inputs,))
+    values: dict[str, Tensor] = {}
+    if vector.numel():
+        # Under each name of a parameter that has several; a submodule used twice is named once,
+        # or functional_call would not put its own parameters back.
+        named = _named(module, vector)
+        by_parameter = {parameter: named[name] for name, parameter in module.named_parameters()}
+        for prefix, child in module.named_modules():
+            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+                values[f"{prefix}.{name}" if prefix else name] = by_parameter[parameter]
+    with _differentiable_kernels(module):
+        return functional_call(module, values, (inputs,), tie_weights=False)
 
 
 class Stage:
@@ -120,7 +147,8 @@ class Stage:
     ------
     ValueError
         Empty or wrongly shaped data; targets outside the head's classes; non-finite inputs or
-        losses (with the index of the first offending example); a loss that is not per-example;
+        losses (with the index of the first offending example); a data set that changes from one
+        reading to the next; a loss that is not per-example;
         BatchNorm or dropout in training mode and everything else that makes the loss of one
         example depend on the others or on chance; a parameter shared between embedding and
         head; mixed devices or dtypes; a negative `l2`; a `batch_size` below 1.
@@ -146,7 +174,7 @@ class Stage:
         regularizer: Regularizer | None = None,
         check: bool = True,
     ) -> None:
-        if not l2 >= 0:
+        if not 0 <= l2 < float("inf"):
             raise ValueError(f"l2 must be zero or positive, not {l2}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -316,6 +344,13 @@ class Stage:
             one = map_leaves(lambda leaf: leaf[None], (inputs, targets))
             return self.losses(*self.split(theta), *one)[0]
 
+        def one_by_one(theta: Tensor, inputs: Nested, targets: Nested) -> Tensor:
+            rows = []
+            for index in range(leaves(targets)[0].shape[0]):
+                this = map_leaves(itemgetter(index), (inputs, targets))
+                rows.append(grad(loss)(theta, *this))
+            return torch.stack(rows)
+
         gradients = vmap(grad(loss), in_dims=(None, 0, 0))
         block = max(1, min(self.batch_size, _GRADIENT_BLOCK // len(theta)))
         for batch in self.batches():
@@ -323,7 +358,12 @@ class Stage:
             for start in range(0, count, block):
                 chunk = slice(start, start + block)
                 inputs, targets = map_leaves(itemgetter(chunk), batch)
-                yield gradients(theta, inputs, targets)
+                try:
+                    rows = gradients(theta, inputs, targets)
+                except RuntimeError:  # the model cannot be vmapped (recurrent layers, say)
+                    gradients = one_by_one
+                    rows = gradients(theta, inputs, targets)
+                yield rows
 
     def directional_derivatives(self, directions: Tensor) -> Iterator[Tensor]:
         """Yield ∇g(z_i)ᵀ v for the columns v of `directions`, in the data's order.
@@ -445,6 +485,7 @@ class Stage:
     def _check_data(self) -> None:
         w, h = self.embedding_vector(), self.head_vector()
         start = 0
+        self._check_repeatable()
         with torch.no_grad():
             for inputs, targets in self.examples.batches(self.batch_size):
                 self._check_inputs(inputs, targets, start)
@@ -460,6 +501,20 @@ class Stage:
                         "look at its inputs, its target and the trained parameters"
                     )
                 start += len(losses)
+
+    def _check_repeatable(self) -> None:
+        """A data set must give the same example each time it is read."""
+        if isinstance(self.data, list | tuple):
+            return
+        once, again = (leaves(next(self.examples.batches(min(8, self.size)))) for _ in range(2))
+        if not all(
+            a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+            for a, b in zip(once, again, strict=True)
+        ):
+            raise ValueError(
+                "data gives other values each time an example is read (random augmentation?); "
+                "influence needs fixed examples: switch its randomness off"
+            )
 
     def _check_inputs(self, inputs: Nested, targets: Nested, start: int) -> None:
         in_memory = isinstance(self.data, list | tuple)
@@ -546,7 +601,8 @@ class Stage:
             first = int(bad.nonzero()[0])
             raise ValueError(
                 f"the target of example {start + first} is {int(targets[first])}, outside the "
-                f"head's {classes} classes 0..{classes - 1}"
+                f"head's {classes} classes 0..{classes - 1}; targets that are no class indices "
+                "(counts, say) belong into a floating-point tensor"
             )
 
 

@@ -207,6 +207,24 @@ def test_losses_that_are_not_per_example():
     )
 
 
+def test_data_that_change_from_one_reading_to_the_next():
+    x, y = data()
+
+    class Augmented(Dataset):
+        def __init__(self, noise: float) -> None:
+            self.noise = noise
+
+        def __len__(self) -> int:
+            return len(x)
+
+        def __getitem__(self, index: int):
+            return x[index] + self.noise * torch.randn(4, dtype=F64), y[index]
+
+    refused("random augmentation", data=Augmented(0.1))
+    refused("random augmentation", data=DataLoader(Augmented(0.1), batch_size=5))
+    assert stage(data=Augmented(0.0)).size == 12
+
+
 def test_targets_that_broadcast_by_accident():
     x, _ = data()
     refused(
@@ -446,6 +464,15 @@ def test_groups_and_removals_that_have_no_meaning(mlp):
     scores = run.scores(mlp.test_data)
     with pytest.raises(ValueError, match="name an example twice"):
         scores.group([1, 1])
+    with pytest.raises(ValueError, match="name an example twice"):
+        scores.group([-1, 30])
+    with pytest.raises(ValueError, match=r"outside 0\.\.30"):
+        scores.group([31])
+    with pytest.raises(ValueError, match="mask of length 2 does not fit 31 scores"):
+        scores.group([True, False])
+    with pytest.raises(ValueError, match="whole numbers"):
+        scores.group([0.5])
+    assert scores.group([]) == 0
     with pytest.raises(ValueError, match="removing 31 of 31 training examples leaves none"):
         scores.group_effect(range(31), renormalise=True)
     other = run.scores(mlp.test_data, of=mlp.new_data)
@@ -456,6 +483,14 @@ def test_groups_and_removals_that_have_no_meaning(mlp):
     own = SingleStageInfluence(mlp.stages()[0], Dense(), progress=False).self_influence()
     with pytest.raises(ValueError, match="or self-influences"):
         own.removal_effect_renormalised  # noqa: B018
+
+
+def test_solvers_that_are_none(mlp):
+    stages = mlp.stages()
+    with pytest.raises(TypeError, match=r"^solver must be a solver"):
+        FixedEmbeddingInfluence(*stages, solver=MinRes)
+    with pytest.raises(TypeError, match=r"^finetune_solver must be a solver"):
+        FixedEmbeddingInfluence(*stages, finetune_solver="cg")
 
 
 # --- warnings ------------------------------------------------------------------------------------
@@ -518,3 +553,16 @@ def test_negative_curvature_gets_a_warning_and_stands_in_the_report(mlp):
             scores = run.scores(mlp.new_data)
         assert scores.solves[0].negative_curvature
         assert scores.values.isfinite().all()
+
+
+def test_case_1_refuses_embeddings_whose_running_statistics_differ() -> None:
+    first = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double().eval()
+    second = copy.deepcopy(first)
+    second[1].running_mean += 1.0
+    data = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    stages = [
+        Stage(embedding, nn.Linear(2, 2).double(), cross_entropy, data, l2=0.1)
+        for embedding in (first, second)
+    ]
+    with pytest.raises(ValueError, match=r"buffers of finetune\.embedding"):
+        FixedEmbeddingInfluence(*stages, stationarity_tol=10.0, progress=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import scipy.sparse.linalg
@@ -205,3 +208,28 @@ def test_errors_of_operators(mlp):
         AddDiagonal(operator, torch.ones(3, dtype=F64))
     with pytest.raises(ValueError, match="does not fit"):
         AddDiagonal(CrossHessian(second), torch.ones(second.embedding_size, dtype=F64))
+
+
+def test_a_hessian_that_is_dropped_frees_its_graph(mlp):
+    stage = mlp.stages()[0]
+    freed = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.exp()
+            ctx.save_for_backward(y)  # an output: a hook that returns it closes a cycle
+            weakref.finalize(ctx, freed.append, True)
+            return y
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * ctx.saved_tensors[0]
+
+    watched = Stage(
+        stage.embedding, stage.head, lambda o, t: Watched.apply(o).sum(1), stage.data, check=False
+    )
+    operator = Hessian(watched)
+    del operator
+    gc.collect()
+    assert freed

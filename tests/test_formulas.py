@@ -15,6 +15,7 @@ from msif_lib import (
     UpdatedEmbeddingInfluence,
     cross_entropy,
 )
+from msif_lib.curvature import Hessian
 from msif_lib.solvers import ConjugateGradient, Dense, Identity, MinRes, Solver
 
 CASES = (None, *ALPHAS)  # None is case 1
@@ -295,6 +296,68 @@ def test_a_sequence_of_tokens_with_a_mask():
     gradients = torch.autograd.functional.jacobian(losses, theta)
     matrix = torch.autograd.functional.hessian(lambda v: losses(v).mean() + 0.15 * v @ v, theta)
     check(scores, -gradients @ torch.linalg.solve(matrix, gradients[:2].T), EXACT)
+
+
+class Pooled(nn.Module):
+    """Tokens through a sequence model, averaged over the mask."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Embedding(7, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 5, activation="gelu", batch_first=True)
+        self.body = {
+            "attention": lambda: nn.MultiheadAttention(4, 2, batch_first=True),
+            "transformer": lambda: nn.TransformerEncoder(layer, 2),
+            "lstm": lambda: nn.LSTM(4, 4, batch_first=True),
+            "gru": lambda: nn.GRU(4, 4, batch_first=True),
+            "shared": lambda: nn.Linear(4, 4),
+        }[kind]()
+        if kind == "shared":
+            self.again, self.weight = self.body, self.body.weight
+            self.register_buffer("steps", torch.arange(3))
+
+    def forward(self, inputs):
+        x, mask = self.table(inputs["tokens"]), inputs["mask"]
+        if self.kind == "attention":
+            x = self.body(x, x, x, key_padding_mask=~mask)[0]
+        elif self.kind == "transformer":
+            x = self.body(x, src_key_padding_mask=~mask)
+        elif self.kind == "shared":
+            x = torch.tanh(self.again(torch.tanh(self.body(x)))) @ self.weight
+        else:
+            x = self.body(x)[0]
+        weights = mask[..., None].to(x.dtype)
+        return (x * weights).sum(1) / weights.sum(1)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("kind", ["attention", "transformer", "lstm", "gru", "shared"])
+def test_torch_s_own_sequence_modules(kind, dtype):
+    """Fused kernels have no second derivatives; the stage must not meet them."""
+    torch.manual_seed(0)
+    modules = Pooled(kind).eval(), nn.Linear(4, 3)
+    for module in modules:
+        module.to(dtype).requires_grad_(False)
+    before = [parameter.clone() for parameter in modules[0].parameters()]
+    mask = torch.arange(4) < torch.tensor([1, 2, 3, 2, 3])[:, None]  # no sequence is full
+    data = {"tokens": torch.randint(7, (5, 4)), "mask": mask}, torch.randint(3, (5,))
+    stage = Stage(*modules, cross_entropy, data, batch_size=3)
+    theta = stage.vector().double()
+    double = stage.to(F64)
+    v = torch.randn(len(theta), 1, dtype=F64)
+    tolerance = 1e-6 if dtype == F64 else 1e-4
+
+    h = 1e-5 * v[:, 0]
+    bent = (double.gradient(theta + h) - double.gradient(theta - h)) / 2e-5
+    check((Hessian(stage) @ v[:, 0].to(dtype)).double(), bent, tolerance)
+    rows = torch.cat(list(double.per_example_gradients()))
+    along = torch.cat(list(stage.directional_derivatives(v.to(dtype)))).double()
+    check(along, rows @ v, 1e-10 if dtype == F64 else 1e-4)
+    check(rows.mean(0), double.gradient(), 1e-10)
+    after = list(modules[0].parameters())
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(isinstance(parameter, nn.Parameter) for parameter in after)
 
 
 # A residual of 1e-6 is asked for so that the solver does what float32 allows, and it says so.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -10,9 +12,10 @@ from conftest import problem_named
 from problems import ALPHAS, F64, Problem, newton, relative_error, retrain
 from torch import Tensor, nn
 
-from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence
+from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.retraining import Preconditioner, minimise, retrain_without
 from msif_lib.solvers import Dense
+from msif_lib.study.training import train
 
 QUIET = {"progress": False}
 
@@ -330,3 +333,38 @@ def test_retraining_refuses_other_stages_and_test_data(convex, mlp):
     with pytest.raises(ValueError, match="test data: the target of example 1 is 7, outside"):
         retrain_without(first, second, [[0]], (x, torch.tensor([0, 7, 0, 0, 0, 0])), **QUIET)
     assert y.shape == (6,)
+
+
+class LastState(torch.nn.Module):
+    """A recurrent embedding; torch has no batching rule for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = torch.nn.GRU(2, 3, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.gru(inputs)[0][:, -1]
+
+
+@pytest.mark.parametrize("alpha", [None, 0.07])
+def test_recurrent_models_are_retrained_one_after_the_other(alpha: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def data(count: int) -> tuple[Tensor, Tensor]:
+        inputs = torch.randn(count, 3, 2, generator=generator, dtype=torch.float64)
+        return inputs, (inputs[:, -1, 0] > 0).long()
+
+    embedding, heads = LastState().double(), [torch.nn.Linear(3, 2).double() for _ in range(2)]
+    pretrain = Stage(embedding, heads[0], cross_entropy, data(12), l2=0.1)
+    train(pretrain, 1e-9)
+    if alpha is None:
+        finetune = Stage(embedding, heads[1], cross_entropy, data(10), l2=0.1)
+        train(finetune, 1e-9, head_only=True)
+    else:
+        finetune = Stage(copy.deepcopy(embedding), heads[1], cross_entropy, data(10), l2=0.1)
+        train(finetune, 1e-9, towards=pretrain.embedding_vector(), alpha=alpha)
+    result = retrain_without(
+        pretrain, finetune, [[0], [3]], data(4), alpha=alpha, tol=1e-8, progress=False
+    )
+    assert result.converged.all() and result.converged_before
+    assert result.losses.shape == (2, 4) and (result.change != 0).all()

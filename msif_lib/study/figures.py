@@ -116,6 +116,7 @@ def scatter_agreement(
     # At the left, as the power of ten of the axis stands at the right.
     ax.set_xlabel("predicted change of the test loss", loc="left")
     ax.set_ylabel("true change")
+    ax.locator_params(nbins=5)
     ax.set_title(title, loc="left")
     ax.text(
         0.03,
