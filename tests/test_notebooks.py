@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from msif_lib.study.book import _save_glued_figures
-from msif_lib.study.runner import ROOT, executed_path, find_notebooks, run
+from msif_lib.study.book import _refuse_dead_links, _save_glued_figures
+from msif_lib.study.runner import ROOT, ProjectError, executed_path, find_notebooks, run
 
 # The notebooks run once, in one worker.
 pytestmark = pytest.mark.xdist_group("notebooks")
@@ -52,3 +52,14 @@ def test_the_headline_figure_is_saved_for_the_landing_page(
 ) -> None:
     _save_glued_figures(executed["correlation"], tmp_path)
     assert (tmp_path / "correlation-headline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_with_a_dead_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a page.html").write_text("")
+    (tmp_path / "index.html").write_text(
+        '<a href="a%20page.html#x"></a><a href="#y"></a><a href="https://example.org"></a>'
+    )
+    _refuse_dead_links(tmp_path)
+    (tmp_path / "other.html").write_text('<img src="_images/gone.png">')
+    with pytest.raises(ProjectError, match=r"other\.html -> _images/gone\.png"):
+        _refuse_dead_links(tmp_path)

@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 
@@ -102,6 +103,20 @@ def _refuse_errors(path: Path) -> None:
                 raise ProjectError(f"{path} shows {output.ename}: {output.evalue}")
 
 
+def _refuse_dead_links(html: Path) -> None:
+    """Raise if a page refers to a file that is not there: Sphinx does not warn of every one."""
+    dead = set()
+    for page in html.rglob("*.html"):
+        if "_static" in page.parts:  # the theme's templates
+            continue
+        for target in re.findall(r'(?:src|href)="([^"#?]+)', page.read_text(encoding="utf-8")):
+            external = re.match(r"[a-z]+:|//", target)
+            if not external and not (page.parent / unquote(target)).exists():
+                dead.add(f"{page.relative_to(html)} -> {target}")
+    if dead:
+        raise ProjectError("the rendered book has dead links:\n" + "\n".join(sorted(dead)))
+
+
 def _key(root: Path, tree: Path) -> str:
     """Return the hash of all that the rendered book depends on."""
     digest = hashlib.sha256()
@@ -161,6 +176,7 @@ def build(root: Path = ROOT, profile: str = "default") -> Path:
         if result.returncode or not (rendered / "index.html").exists():
             output_text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout).strip()
             raise ProjectError(f"the book did not render:\n{output_text}")
+        _refuse_dead_links(rendered)
         stamp.unlink(missing_ok=True)
         shutil.rmtree(html, ignore_errors=True)
         html.parent.mkdir(parents=True, exist_ok=True)
