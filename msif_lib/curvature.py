@@ -360,6 +360,28 @@ class AddDiagonal(LinearOperator):
         return self.operator.dense() + torch.diag(self.diagonal)
 
 
+def proximal_hessian(stage: Stage, alpha: float) -> AddDiagonal:
+    """K = [[F_WW + 2α I, F_WΘ], [F_ΘW, F_ΘΘ]], the Hessian of α‖W − W̄‖² + F(W, Θ).
+
+    The matrix of the paper's eq. 15, stacked (W, Θ); the same for every W̄.
+
+    Parameters
+    ----------
+    stage
+        The finetuning stage, whose objective is F.
+    alpha
+        α, the strength of the pull.
+
+    Returns
+    -------
+    AddDiagonal
+        Of shape ``(p_W + p_Θ, p_W + p_Θ)``.
+    """
+    pull = torch.zeros_like(stage.vector())
+    pull[: stage.embedding_size] = 2 * alpha
+    return AddDiagonal(Hessian(stage), pull)
+
+
 def _check_block(block: str) -> None:
     if block not in ("joint", "embedding", "head"):
         raise ValueError(f'block must be "joint", "embedding" or "head", not {block!r}')

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian, LinearOperator
+from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian, LinearOperator, proximal_hessian
 from msif_lib.data import Batch
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage, check_pair
@@ -553,9 +553,7 @@ class UpdatedEmbeddingInfluence(_MultiStageInfluence):
     ) -> Tensor:
         """b = 2α [K⁻¹ ∇q]_W, the gradient of q along W̄ with (W*, Θ*) following their optimum."""
         if self._proximal_hessian is None:
-            on_embedding = torch.zeros_like(self.tuned.vector())
-            on_embedding[: self.tuned.embedding_size] = 2 * self.alpha
-            self._proximal_hessian = AddDiagonal(Hessian(self.tuned), on_embedding)
+            self._proximal_hessian = proximal_hessian(self.tuned, self.alpha)
         reports = reports if reports is not None else []
         v = self._solve(self.finetune_solver, self._proximal_hessian, gradients, reports)
         return 2 * self.alpha * self.tuned.split(v)[0]

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm import tqdm
 
-from msif_lib.curvature import AddDiagonal, Hessian, LinearOperator
+from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
 from msif_lib.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
 from msif_lib.stage import Stage, check_pair
 
@@ -487,9 +487,7 @@ def _weights(
 def _finetuning_hessian(finetune: Stage, alpha: float | None) -> LinearOperator:
     if alpha is None:
         return Hessian(finetune, block="head")
-    diagonal = torch.zeros_like(finetune.vector())
-    diagonal[: finetune.embedding_size] = 2 * alpha
-    return AddDiagonal(Hessian(finetune), diagonal)
+    return proximal_hessian(finetune, alpha)
 
 
 def _preconditioner(

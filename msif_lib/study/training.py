@@ -21,7 +21,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from msif_lib.curvature import AddDiagonal, Hessian, LinearOperator
+from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
 from msif_lib.data import map_leaves
 from msif_lib.solvers import ConjugateGradient, SolverWarning
 from msif_lib.stage import Stage
@@ -140,11 +140,7 @@ def train(
         load(x)
         if head_only:
             return Hessian(stage, block="head")
-        if alpha is None:
-            return Hessian(stage)
-        diagonal = torch.zeros_like(x)
-        diagonal[: stage.embedding_size] = 2 * alpha
-        return AddDiagonal(Hessian(stage), diagonal)
+        return Hessian(stage) if alpha is None else proximal_hessian(stage, alpha)
 
     x = stage.vector()[fixed:]
     if epochs:
@@ -156,8 +152,7 @@ def train(
         x, taken = _newton(evaluate, hessian, x, tol, newton_steps)
         steps += taken
         lowest, direction = _lowest_eigenpair(hessian(x), seed)
-        flat = -_FLAT
-        if lowest >= flat or escapes == _ESCAPES or evaluations >= lbfgs_evaluations:
+        if lowest >= -_FLAT or escapes == _ESCAPES or evaluations >= lbfgs_evaluations:
             break
         x = _leave_saddle(evaluate, x, direction)
         escapes += 1
@@ -167,7 +162,7 @@ def train(
     report = TrainingReport(
         gradient_norm=norm,
         tol=tol,
-        converged=norm <= tol and lowest >= flat,
+        converged=norm <= tol and lowest >= -_FLAT,
         objective=float(value),
         lowest_eigenvalue=lowest,
         epochs=epochs,
