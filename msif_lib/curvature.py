@@ -22,12 +22,16 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from msif_lib.data import Batch
+from msif_lib.functional import explain_missing_derivatives, require_second_derivatives
+from msif_lib.preconditioner import FEWEST_ROWS, MOST_ROWS, Preconditioner, gauss_newton_rows
 from msif_lib.stage import Stage
 
 Block = Literal["joint", "embedding", "head"]
 
 # Columns of the identity multiplied at once by dense().
 _DENSE_COLUMNS = 64
+# Bytes of a preconditioner's rows.
+_PRECONDITIONER_MEMORY = 2**28
 
 
 class LinearOperator:
@@ -82,7 +86,8 @@ class LinearOperator:
                 f"operator is {self.dtype} on {self.device}, the vector {x.dtype} on {x.device}"
             )
         columns = x[:, None] if x.dim() == 1 else x
-        product = self._product(columns.detach())
+        with explain_missing_derivatives():
+            product = self._product(columns.detach())
         return product[:, 0] if x.dim() == 1 else product
 
     def dense(self) -> Tensor:
@@ -128,7 +133,7 @@ class _SecondDerivative(LinearOperator):
         stage: Stage,
         rows: Block,
         columns: Block,
-        memory_budget: int,
+        memory_budget: int | None,
         at: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.stage = stage
@@ -148,7 +153,11 @@ class _SecondDerivative(LinearOperator):
         self._row_leaf, self._column_leaf = leaf[rows], leaf[columns]
         self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
         self._kept: list[Tensor | None] = []
-        self._record(memory_budget)
+        self._all_kept = False
+        if memory_budget is None:
+            memory_budget = 2**30 if self.device.type == "cpu" else 2**33
+        with explain_missing_derivatives():
+            self._record(memory_budget)
 
     @property
     def T(self) -> LinearOperator:
@@ -169,6 +178,8 @@ class _SecondDerivative(LinearOperator):
 
     def _batch_gradient(self, batch: Batch) -> Tensor | None:
         losses = self.stage.losses(self._w, self._h, *batch)
+        if not self._kept:
+            require_second_derivatives(losses)
         return self._gradient(losses.sum() / self.stage.size)
 
     def _record(self, memory_budget: int) -> None:
@@ -183,23 +194,25 @@ class _SecondDerivative(LinearOperator):
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 gradient = self._batch_gradient(batch)
             if sum(used.values()) > memory_budget:
-                break
+                return
             self._kept.append(gradient)
+        self._all_kept = True
 
-    def _gradients(self) -> Iterator[Tensor | None]:
-        """The terms of ∇_b G: the regularizer's and one a batch."""
-        yield self._gradient(self.stage.regularization(self._w, self._h))
+    def _data_gradients(self) -> Iterator[Tensor | None]:
+        """The terms of ∇_b G that depend on the data, one a batch."""
         yield from self._kept
-        if len(self._kept) * self.stage.batch_size < self.stage.size:
+        if not self._all_kept:
             for number, batch in enumerate(self.stage.batches()):
                 if number >= len(self._kept):
                     yield self._batch_gradient(batch)
 
     def _product(self, columns: Tensor) -> Tensor:
         product = columns.new_zeros(self.shape[0], columns.shape[1])
-        for gradient in self._gradients():
+
+        def add(gradient: Tensor | None) -> None:
+            """Add the products of one term, a backward pass through its graph each."""
             if gradient is None:
-                continue
+                return
             for index, v in enumerate(columns.unbind(1)):
                 product[:, index] += torch.autograd.grad(
                     gradient,
@@ -209,6 +222,11 @@ class _SecondDerivative(LinearOperator):
                     allow_unused=True,
                     materialize_grads=True,
                 )[0]
+
+        for gradient in self._data_gradients():
+            add(gradient)
+        product = self.stage.all_reduce(product)
+        add(self._gradient(self.stage.regularization(self._w, self._h)))
         return product
 
 
@@ -224,7 +242,7 @@ class Hessian(_SecondDerivative):
         ``"joint"``: ∂²G/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²G/∂W²;
         ``"head"``: ∂²G/∂U².
     memory_budget
-        Bytes of autograd graph kept between products.
+        Bytes of autograd graph kept between products; None: 1 GiB on a CPU, 8 GiB on a GPU.
 
     Raises
     ------
@@ -245,9 +263,40 @@ class Hessian(_SecondDerivative):
     5.1667
     """
 
-    def __init__(self, stage: Stage, block: Block = "joint", memory_budget: int = 2**31) -> None:
+    def __init__(
+        self, stage: Stage, block: Block = "joint", memory_budget: int | None = None
+    ) -> None:
         _check_block(block)
         super().__init__(stage, block, block, memory_budget)
+        self._block = block
+        self._preconditioners: dict[float, Preconditioner | None] = {}
+
+    def preconditioner(self, damping: float = 0.0) -> Preconditioner | None:
+        """P near H + `damping` I, from the leading rows of the Gauss-Newton matrix, and kept.
+
+        None where there is none that would pay: too few rows fit the memory, the loss has no
+        curvature in the outputs that could be taken apart, or the model cannot be vectorised.
+        """
+        if damping not in self._preconditioners:
+            diagonal = torch.full_like(self._row_leaf, self.stage.l2 + damping).detach()
+            self._preconditioners[damping] = self.preconditioner_with(diagonal)
+        return self._preconditioners[damping]
+
+    def preconditioner_with(self, diagonal: Tensor) -> Preconditioner | None:
+        """P = diag(`diagonal`) + RᵀR, the diagonal with its share of weight decay."""
+        theta = torch.cat([self._w, self._h]).detach()
+        room = _PRECONDITIONER_MEMORY // (theta.numel() * theta.element_size())
+        if room < FEWEST_ROWS:
+            return None
+        try:
+            rows = gauss_newton_rows(self.stage, theta, min(MOST_ROWS, room))
+        except RuntimeError:  # the model cannot be vmapped (recurrent layers, say)
+            return None
+        if rows is None:
+            return None
+        of_w, of_h = rows[:, : len(self._w)], rows[:, len(self._w) :]
+        rows = {"joint": rows, "embedding": of_w, "head": of_h}[self._block]
+        return Preconditioner.from_rows(rows, diagonal)
 
 
 class CrossHessian(_SecondDerivative):
@@ -258,10 +307,10 @@ class CrossHessian(_SecondDerivative):
     stage
         The stage whose objective is F.
     memory_budget
-        Bytes of autograd graph kept between products.
+        Bytes of autograd graph kept between products; None: 1 GiB on a CPU, 8 GiB on a GPU.
     """
 
-    def __init__(self, stage: Stage, memory_budget: int = 2**31) -> None:
+    def __init__(self, stage: Stage, memory_budget: int | None = None) -> None:
         super().__init__(stage, "embedding", "head", memory_budget)
 
 
@@ -317,13 +366,12 @@ class GaussNewton(LinearOperator):
         def regularization(vector: Tensor) -> Tensor:
             return self.stage.regularization(*self._parts(vector))
 
-        product = torch.stack(
-            [jvp(grad(regularization), (self._at,), (v,))[1] for v in columns.unbind(1)], 1
-        )
+        product = torch.zeros_like(columns)
         for batch in self.stage.batches():
             for index, v in enumerate(columns.unbind(1)):
                 product[:, index] += self._batch_product(batch, v) / self.stage.size
-        return product
+        own = [jvp(grad(regularization), (self._at,), (v,))[1] for v in columns.unbind(1)]
+        return self.stage.all_reduce(product) + torch.stack(own, 1)
 
 
 class AddDiagonal(LinearOperator):
@@ -351,9 +399,19 @@ class AddDiagonal(LinearOperator):
             )
         self.operator, self.diagonal = operator, diagonal
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+        self._preconditioners: dict[float, Preconditioner | None] = {}
 
     def _product(self, columns: Tensor) -> Tensor:
         return self.operator @ columns + self.diagonal[:, None] * columns
+
+    def preconditioner(self, damping: float = 0.0) -> Preconditioner | None:
+        """As the operator's own, with d added to its diagonal; None where that has none."""
+        if not isinstance(self.operator, Hessian):
+            return None
+        if damping not in self._preconditioners:
+            diagonal = self.diagonal + (self.operator.stage.l2 + damping)
+            self._preconditioners[damping] = self.operator.preconditioner_with(diagonal)
+        return self._preconditioners[damping]
 
     def dense(self) -> Tensor:
         """The matrix itself; the operator's own is kept by the operator."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
 )
 
 #: A tensor, or a dict, list or tuple of such (token ids with their masks, say).
@@ -148,22 +149,52 @@ class Examples:
     def __len__(self) -> int:
         return self._size
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield ``(inputs, targets)`` of at most `batch_size` examples, in order."""
+    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Yield ``(inputs, targets)`` of at most `batch_size` examples, in order.
+
+        Parameters
+        ----------
+        batch_size
+            Examples in a batch; the last may have fewer.
+        indices
+            The examples to read, by default all. The others are not read.
+        """
+        if indices is None:
+            indices = range(self._size)
         if self._loader is None:
-            for start in range(0, self._size, batch_size):
-                chunk = slice(start, start + batch_size)
-                inputs, targets = map_leaves(itemgetter(chunk), self._tensors)
+            for start in range(0, len(indices), batch_size):
+                chosen: Any = indices[start : start + batch_size]
+                if isinstance(chosen, range) and chosen.step == 1:
+                    chosen = slice(chosen.start, chosen.stop)  # a view, where a list would copy
+                inputs, targets = map_leaves(itemgetter(chosen), self._tensors)
                 yield inputs, targets
             return
-        for batch in DataLoader(batch_size=batch_size, shuffle=False, **self._loader):
+        settings = self._loader
+        if indices != range(self._size):
+            settings = settings | {"dataset": Subset(settings["dataset"], indices)}
+        for batch in DataLoader(batch_size=batch_size, shuffle=False, **settings):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise ValueError("each item of the data set must be a pair (inputs, targets)")
             yield batch[0], batch[1]
 
     def tensors(self) -> Batch:
-        """All examples as one pair of (nested) tensors, read into memory."""
+        """All examples as one pair of (nested) tensors, read into memory.
+
+        Raises
+        ------
+        ValueError
+            The collate function pads each batch to a length of its own.
+        """
         if self._loader is None:
             return self._tensors
-        inputs, targets = concatenate(list(self.batches(1024)))
+        batches = list(self.batches(1024))
+        shapes = [[tuple(leaf.shape[1:]) for leaf in leaves(batch)] for batch in batches]
+        if any(other != shapes[0] for other in shapes):
+            other = next(other for other in shapes if other != shapes[0])
+            raise ValueError(
+                "batches of data differ in shape, so that they cannot be read as one: an example "
+                f"has tensors of shapes {shapes[0]} in the first and {other} in another; give the "
+                "DataLoader a collate_fn that pads every batch to one length"
+            )
+        inputs, targets = concatenate(batches)
         return inputs, targets

@@ -16,10 +16,9 @@ training came after it. All m scores are one directional derivative of the per-e
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,8 +26,11 @@ from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian, LinearOperator, proximal_hessian
 from msif_lib.data import Batch
+from msif_lib.fingerprint import fingerprint
+from msif_lib.notices import warn_caller
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage, check_pair
+from msif_lib.storage import check_path, solved, stage_parts, sweep
 
 
 class StationarityWarning(UserWarning):
@@ -146,14 +148,6 @@ class Scores:
         return self.values - self.values.mean(0)
 
 
-def _callers_level() -> int:
-    """The stack level, for a warning given here, of the first caller outside this module."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"] == __name__:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _check_solver(name: str, solver: Solver) -> None:
     if isinstance(solver, type) or not hasattr(solver, "solve"):
         raise TypeError(f"{name} must be a solver of msif_lib.solvers, as MinRes(), not {solver!r}")
@@ -179,12 +173,11 @@ class _Influence:
         norm = float(gradient.norm())
         self.gradient_norms[stage] = norm
         if norm > self._tol:
-            warnings.warn(
+            warn_caller(
                 f"the {stage} stage is not at a stationary point: its gradient norm is "
                 f"{norm:.1e}, above {self._tol:.1e}. The formulas assume zero; train further, "
                 "or read the scores with that in mind",
                 StationarityWarning,
-                stacklevel=_callers_level(),
             )
 
     def _solve(
@@ -198,13 +191,15 @@ class _Influence:
         """∇q at the tested model: ``(p, 1)`` of the summed loss, or ``(p, T)`` of each loss."""
         stage = self._tested.with_data(test, "test data")
         if per_test:
-            gradients = torch.cat(list(stage.per_example_gradients())).T
+            rows = stage.per_example_gradients()
+            gradients = stage.gather(rows, stage.embedding_size + stage.head_size).T
         else:
             gradients = torch.zeros_like(stage.vector())[:, None]
             for batch in stage.batches():
                 theta = stage.vector().requires_grad_()
                 loss = stage.losses(*stage.split(theta), *batch).sum()
                 gradients += torch.autograd.grad(loss, theta)[0][:, None]
+            gradients = stage.all_reduce(gradients)
         if not gradients.isfinite().all():
             try:
                 stage.gradient()  # names the example at fault
@@ -216,11 +211,32 @@ class _Influence:
         """Dq/d(trained parameters) ``(p, k)``, through whatever training came after."""
         return gradients
 
+    def _directions(self, test: Batch, per_test: bool) -> tuple[Tensor, list[SolveReport]]:
+        """v = H⁻¹ dq/d(trained parameters) ``(p, k)``, and the reports of all solves."""
+        reports: list[SolveReport] = []
+        b = self._sensitivity(self.test_gradients(test, per_test), reports)
+        if self._hessian is None:
+            self._hessian = Hessian(self._trained)
+        return self._solve(self.solver, self._hessian, b, reports), reports
+
+    def _key(self, test: Batch, per_test: bool) -> str:
+        """Fingerprint of all that the directions depend on."""
+        tested = self._tested.with_data(test, "test data")
+        settings = ("solver", "finetune_solver", "alpha")
+        return fingerprint(
+            type(self).__name__,
+            [getattr(self, name, None) for name in settings],
+            [stage_parts(stage) for stage in (self._trained, self._tested)],
+            per_test,
+            list(tested.examples.batches(1)),
+        )
+
     def scores(
         self,
         test: Batch,
         per_test: bool = False,
         of: Batch | None = None,
+        out: str | Path | None = None,
     ) -> Scores:
         """Influence of every training example on the test functional.
 
@@ -233,6 +249,10 @@ class _Influence:
         of
             Score these examples of the first stage's task, which need not be in its training
             set, in place of the training set.
+        out
+            A ``.npy`` file to which the scores are written as they come, for data larger than
+            memory; ``values`` is then read from it when looked at. What is solved and scored
+            is kept, so that the same call goes on where an interrupted one stopped.
 
         Returns
         -------
@@ -242,7 +262,8 @@ class _Influence:
         Raises
         ------
         ValueError
-            Test data or `of` that a :class:`Stage` would refuse.
+            Test data or `of` that a :class:`Stage` would refuse; an `out` that is no ``.npy``
+            file in an existing folder, or holds the scores of another problem.
         FloatingPointError
             A product or a score is not finite.
 
@@ -251,26 +272,17 @@ class _Influence:
         SolverWarning
             A solve stopped short of its tolerance or met negative curvature.
         """
-        scored = self._trained if of is None else self._trained.with_data(of, "of")
-        reports: list[SolveReport] = []
-        b = self._sensitivity(self.test_gradients(test, per_test), reports)
-        if self._hessian is None:
-            self._hessian = Hessian(self._trained)
-        v = self._solve(self.solver, self._hessian, b, reports)
-        blocks = tqdm(
-            scored.directional_derivatives(v),
-            desc="scores",
-            unit=" blocks",
-            disable=not self.progress,
-            delay=1,
-            leave=False,
-        )
-        values = -torch.cat(list(blocks))
-        if not values.isfinite().all():
-            first = int((~values.isfinite()).any(1).nonzero()[0])
-            raise FloatingPointError(f"the score of example {first} is not finite")
+        path = None if out is None else check_path(out)
+        begun = path is not None and path.exists()
+        scored = self._trained if of is None else self._trained.with_data(of, "of", not begun)
+        if path is None:
+            v, reports = self._directions(test, per_test)
+        else:
+            v, reports = solved(
+                path, self._key(test, per_test), lambda: self._directions(test, per_test), scored
+            )
         return Scores(
-            values if per_test else values[:, 0],
+            sweep(scored, -v if per_test else -v[:, 0], path, self.progress),
             self._trained.size,
             tuple(reports),
             dict(self.gradient_norms),
@@ -333,23 +345,25 @@ class SingleStageInfluence(_Influence):
             ``values`` ``(len(indices),)``, in the order of `indices`.
         """
         stage = self._trained
-        wanted = torch.arange(stage.size) if indices is None else torch.as_tensor(indices)
+        wanted = torch.arange(stage.size)
+        if indices is not None:
+            chosen = torch.as_tensor(indices).cpu()
+            wanted = wanted[chosen if chosen.numel() else chosen.long()]
         if self._hessian is None:
             self._hessian = Hessian(stage)
-        values = torch.zeros(stage.size, dtype=stage.dtype, device=stage.device)
-        chosen = torch.zeros(stage.size, dtype=torch.bool)
-        chosen[wanted] = True
+        values = torch.zeros(len(wanted), dtype=stage.dtype, device=stage.device)
         reports: list[SolveReport] = []
-        start = 0
-        for block in stage.per_example_gradients():
-            here = chosen[start : start + len(block)].nonzero()[:, 0]
-            for part in here.split(at_once) if len(here) else ():
-                gradients = block[part].T
-                solved = self._solve(self.solver, self._hessian, gradients, reports)
-                values[start + part] = -(gradients * solved).sum(0)
-            start += len(block)
+        bar = tqdm(
+            range(0, len(wanted), at_once), desc="self-influence", unit=" blocks",
+            disable=not self.progress, delay=1, leave=False,
+        )  # fmt: skip
+        for start in bar:
+            some = stage.section(wanted[start : start + at_once].tolist())
+            gradients = some.gather(some.per_example_gradients(), self._hessian.shape[0]).T
+            v = self._solve(self.solver, self._hessian, gradients, reports)
+            values[start : start + at_once] = -(gradients * v).sum(0)
         return Scores(
-            values[wanted.to(values.device)],
+            values,
             stage.size,
             tuple(reports),
             dict(self.gradient_norms),

@@ -8,14 +8,16 @@ Nothing here knows about influence functions.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from msif_lib.notices import warn_caller
 
 
 class Operator(Protocol):
@@ -28,6 +30,18 @@ class Operator(Protocol):
 
     def __matmul__(self, x: Tensor, /) -> Tensor:
         """The product with columns ``(p, k)``."""
+        ...
+
+
+class Preconditioner(Protocol):
+    """What a solver needs of P⁻¹ = S Sᵀ, near (A + λI)⁻¹ and positive definite."""
+
+    def root(self, columns: Tensor, /) -> Tensor:
+        """S times columns ``(p, k)``."""
+        ...
+
+    def root_transposed(self, columns: Tensor, /) -> Tensor:
+        """Sᵀ times columns ``(p, k)``."""
         ...
 
 
@@ -61,6 +75,8 @@ class SolveReport:
         Whether a direction with dᵀ(A + λI)d ≤ 0 was met (the matrix is not positive definite).
     message
         A sentence for a person: what happened, and what to try where it failed.
+    preconditioner
+        The preconditioner used, in words.
     """
 
     solver: str
@@ -73,6 +89,7 @@ class SolveReport:
     converged: bool
     negative_curvature: bool = False
     message: str = "solved to the tolerance"
+    preconditioner: str = "none"
 
     @property
     def residual(self) -> float:
@@ -149,7 +166,7 @@ class Solver:
         if not x.isfinite().all():
             raise FloatingPointError(f"{report.solver}: the solution of {report.system} overflowed")
         if report.message != SolveReport.message and not isinstance(self, Identity):
-            warnings.warn(f"{report.solver}: {report.message}", SolverWarning, stacklevel=2)
+            warn_caller(f"{report.solver}: {report.message}", SolverWarning)
         return Solution(x[:, 0] if b.dim() == 1 else x, report)
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
@@ -169,6 +186,11 @@ def _checked(product: Tensor) -> Tensor:
     return product
 
 
+def _worst(norms: Tensor, b: Tensor) -> float:
+    """The largest of residual norms ``(k,)`` relative to the right-hand sides."""
+    return float(_relative(norms[None], b).max())
+
+
 def _relative(residual: Tensor, b: Tensor) -> Tensor:
     """‖residual‖/‖b‖ a column, with 0 for a right-hand side that is zero."""
     scale = b.norm(dim=0)
@@ -177,22 +199,25 @@ def _relative(residual: Tensor, b: Tensor) -> Tensor:
 
 @dataclass
 class _State:
-    """A Krylov iterate: x, the recurrence's residual norms ``(k,)``, and where A bent down."""
+    """A Krylov iterate: x, the recurrence's residual norms ``(k,)``, where A bent down, ‖A‖."""
 
     x: Tensor
     norms: Tensor
     negative: Tensor
+    size: float = 0.0
 
 
 # A Krylov run ends when its recurrence promises a residual this much smaller than the true one,
 # which is measured every so many iterations.
 _DRIFT, _DRIFT_EVERY = 10.0, 100
 
-_Iteration = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Iterator[_State]]
+# (product with the matrix, right-hand sides, residual norms to be reached, what is known of ‖A‖
+# from earlier runs) -> iterates.
+_Iteration = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, float], Iterator[_State]]
 
 
 def _conjugate_gradient(
-    apply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor
+    apply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor, size: float
 ) -> Iterator[_State]:
     """Conjugate gradients (Hestenes & Stiefel 1952), all columns in step, each to its target."""
     x, r, d = torch.zeros_like(b), b, b
@@ -213,52 +238,126 @@ def _conjugate_gradient(
         yield _State(x, rho.sqrt(), negative)
 
 
-def _minimal_residual(
-    apply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor
-) -> Iterator[_State]:
-    """MINRES (Paige & Saunders 1975): Lanczos vectors v, a QR factorisation by reflections.
+def _orthonormal(columns: Tensor, negligible: float) -> tuple[Tensor, Tensor]:
+    """V ``(p, s)`` with orthonormal columns and B ``(s, k)`` with columns = V B.
 
-    Names follow Choi & Saunders: T_k has the diagonal α and the off-diagonal β, (c, s) is the
-    last reflection, φ the residual norm. A is nowhere required to be definite.
-
-    A column ends before its target where no step would help, x staying as it was: A r = 0 to
-    rounding (a singular system without a solution, whose least residual is reached), or a
-    direction d of length ‖d‖ ‖A‖ ≫ 1 = ‖A d‖, which is a null vector to rounding.
+    s is the numerical rank: directions of length at most `negligible` are left out.
     """
-    x = torch.zeros_like(b)
-    beta = b.norm(dim=0)
-    phi = beta.clone()
-    active = phi > target
-    negative = torch.zeros_like(active)
-    v_old, v = torch.zeros_like(b), torch.where(active, b / beta, 0.0)
-    beta = torch.zeros_like(beta)
-    d_old, d = torch.zeros_like(b), torch.zeros_like(b)
-    c, s = -torch.ones_like(beta), torch.zeros_like(beta)
-    delta, epsilon = torch.zeros_like(beta), torch.zeros_like(beta)
-    size, rounding = torch.zeros_like(beta), torch.finfo(b.dtype).eps ** 0.75
-    while active.any():
-        q = torch.zeros_like(b)
-        q[:, active] = apply(v[:, active])
-        alpha = (v * q).sum(0)
-        q = q - alpha * v - beta * v_old
-        beta = q.norm(dim=0)
-        # The last two reflections applied to the new column of T, then the next one.
-        delta_2, gamma = c * delta + s * alpha, s * delta - c * alpha
-        epsilon_old, epsilon, delta = epsilon, s * beta, -c * beta
-        # size estimates ‖A‖; ‖A r‖ = φ hypot(γ, δ) for the residual r before this step.
-        size = torch.maximum(size, torch.hypot(alpha, beta))
-        active &= torch.hypot(gamma, delta) > rounding * size
-        # rᵀAr = −c γ φ² (Liu & Roosta 2022).
-        negative |= active & (c * gamma >= 0)
-        gamma_2 = torch.hypot(gamma, beta)
-        d_old, d = d, torch.where(active, (v - delta_2 * d - epsilon_old * d_old) / gamma_2, 0.0)
-        active &= rounding * size * d.norm(dim=0) <= 1
-        c, s = (torch.where(active, part / gamma_2, 0.0) for part in (gamma, beta))
-        x = x + torch.where(active, c * phi * d, 0.0)
-        phi = torch.where(active, s * phi, phi)
-        v_old, v = v, torch.where(active & (beta > 0), q / beta, 0.0)
-        active &= phi > target
-        yield _State(x, phi, negative)
+    q, r = torch.linalg.qr(columns)
+    left, lengths, right = torch.linalg.svd(r, full_matrices=False)
+    kept = lengths > negligible
+    return q @ left[:, kept], lengths[kept, None] * right[kept]
+
+
+class _Basis:
+    """Orthonormal vectors, kept as long as `memory` bytes allow, to hold later ones against."""
+
+    def __init__(self, like: Tensor, memory: int) -> None:
+        self._room = max(0, memory // (like.shape[0] * like.element_size()))
+        self._rows = like.new_empty(0, like.shape[0])
+        self._count = 0
+
+    def append(self, v: Tensor) -> None:
+        if self._count + v.shape[1] > self._room:
+            return
+        if self._count + v.shape[1] > len(self._rows):
+            longer = min(self._room, max(2 * len(self._rows), 16 * v.shape[1]))
+            rows = self._rows.new_empty(longer, self._rows.shape[1])
+            rows[: self._count] = self._rows[: self._count]
+            self._rows = rows
+        self._rows[self._count : self._count + v.shape[1]] = v.T
+        self._count += v.shape[1]
+
+    def remove_from(self, columns: Tensor) -> Tensor:
+        """The columns less their components along the vectors kept."""
+        known = self._rows[: self._count]
+        return columns - known.T @ (known @ columns)
+
+
+def _minimal_residual(
+    apply: Callable[[Tensor], Tensor],
+    b: Tensor,
+    target: Tensor,
+    size: float,
+    preconditioner: Preconditioner | None,
+    memory: int,
+) -> Iterator[_State]:
+    """Block MINRES (Paige & Saunders 1975; in blocks, Soodhalter 2015), preconditioned.
+
+    With P⁻¹ = S Sᵀ it works on Â = Sᵀ A S. Block Lanczos builds V_1, V_2, ... with
+
+        Â V_k = V_{k−1} β_{k−1}ᵀ + V_k α_k + V_{k+1} β_k,      V_1 β_0 = Sᵀ b,
+
+    and a QR factorisation of this block tridiagonal matrix gives the x of least residual
+    ‖Sᵀ(b − A x)‖ in the span of S V_1, ..., S V_k, for all right-hand sides at once:
+
+        D_k = (S V_k − D_{k−1} δ_k − D_{k−2} ε_k) γ_k⁻¹,       x += D_k τ_k.
+
+    A is nowhere required to be definite. Blocks shrink where the right-hand sides have less than
+    k independent directions left. Rounding would let the V lose their orthogonality, and with it
+    many iterations; those that `memory` can hold are kept and held against.
+
+    The run ends before its target where no further step would help: Krylov space exhausted, or a
+    direction d of length ‖d‖ ‖Â‖ ≫ 1 = ‖Â d‖, which is a null vector to rounding.
+    """
+    rounding = torch.finfo(b.dtype).eps ** 0.75
+    lengths = b.norm(dim=0)
+    right = b / torch.where(lengths > 0, lengths, 1.0)
+    right = preconditioner.root_transposed(right) if preconditioner else right
+    v, phi = _orthonormal(right, rounding * float(right.norm(dim=0).max()))
+    phi = phi * lengths
+    x, norms = torch.zeros_like(b), lengths
+    basis = _Basis(b, memory)
+    v_old, beta = v[:, :0], v.new_zeros(v.shape[1], 0)
+    # D of the last two blocks and the reflections that made them.
+    moved = torch.cat([x, x]) if preconditioner else x
+    d_1 = d_2 = moved[:, :0]
+    q_1 = torch.eye(v.shape[1]).to(v)
+    q_2 = v.new_zeros(0, 0)
+    pivot, negative = beta.new_zeros(0, 0), torch.zeros_like(lengths, dtype=torch.bool)
+    while v.shape[1] and bool((norms > target).any()):
+        basis.append(v)
+        z = preconditioner.root(v) if preconditioner else v
+        az = apply(z)
+        q = preconditioner.root_transposed(az) if preconditioner else az
+        alpha = v.T @ q
+        q = q - v @ alpha - v_old @ beta.T
+        # Once more, for rounding has left some of them in.
+        q = basis.remove_from(q - v @ (v.T @ q) - v_old @ (v_old.T @ q))
+        size = max(size, float(torch.linalg.matrix_norm(torch.cat([alpha, beta], 1), 2)))
+        v_new, beta_new = _orthonormal(q, rounding * size)
+
+        # The tridiagonal matrix is positive definite while its pivots are.
+        if not negative.any():
+            below = beta @ torch.linalg.solve(pivot, beta.T) if len(pivot) else 0.0
+            pivot = alpha - below
+            negative |= bool(torch.linalg.eigvalsh((pivot + pivot.T) / 2)[0] <= 0)
+
+        # The last two reflections applied to the new column of blocks, then the next one.
+        rows = torch.cat([beta.new_zeros(len(q_2) - beta.shape[1], len(alpha)), beta.T])
+        rows = q_2.T @ rows
+        epsilon, rest = rows.split([d_2.shape[1], len(rows) - d_2.shape[1]])
+        rows = q_1.T @ torch.cat([rest, alpha])
+        delta, gamma = rows.split([d_1.shape[1], len(rows) - d_1.shape[1]])
+        q_2, (q_1, r) = q_1, torch.linalg.qr(torch.cat([gamma, beta_new]), mode="complete")
+        r = r[: len(alpha)]
+        if float(torch.linalg.svdvals(r)[-1]) <= rounding * size:
+            yield _State(x, norms, negative, size)
+            return
+        # With a preconditioner φ is not the norm of the residual, so A D is carried along with D.
+        new = torch.cat([z, az]) if preconditioner else z
+        new = new - d_1 @ delta - d_2 @ epsilon
+        d_1, d_2 = torch.linalg.solve_triangular(r, new, upper=True, left=False), d_1
+        if rounding * size * float(d_1[: len(b)].norm(dim=0).max()) > 1:
+            yield _State(x, norms, negative, size)
+            return
+        phi = q_1.T @ torch.cat([phi, phi.new_zeros(beta_new.shape[0], phi.shape[1])])
+        tau, phi = phi.split([len(alpha), beta_new.shape[0]])
+        moved = moved + d_1 @ tau
+        x, ax = moved.split([len(b), len(moved) - len(b)])
+        norms = (b - ax if preconditioner else phi).norm(dim=0)
+        v_old, v, beta = v, v_new, beta_new
+        yield _State(x, norms, negative, size)
 
 
 @dataclass(frozen=True)
@@ -290,12 +389,17 @@ class _Krylov(Solver):
         apply: Callable[[Tensor], Tensor],
         b: Tensor,
         progress: bool,
+        definite: bool = False,
     ) -> tuple[Tensor, SolveReport]:
+        """Iterate, measure the true residual, and begin again on it while that helps.
+
+        `definite` says that the method needs a positive definite matrix.
+        """
         tol = self.tol or (1e-8 if b.dtype == torch.float64 else 1e-4)
         limit = self.max_iterations or min(max(1000, 2 * b.shape[0]), 10_000)
         history: list[float] = []
         products = 0
-        negative = False
+        negative, size = False, 0.0
 
         def counted(columns: Tensor) -> Tensor:
             nonlocal products
@@ -303,42 +407,61 @@ class _Krylov(Solver):
             return _checked(apply(columns))
 
         x, residual, target = torch.zeros_like(b), b, tol * b.norm(dim=0)
-        norms = torch.full_like(target, torch.inf)
+        norms = b.norm(dim=0)
 
-        def measure(trial: Tensor) -> Tensor:
+        def measure(trial: Tensor, columns: Tensor) -> Tensor:
             """The true residual norms of an iterate, which is kept where it is the best yet."""
             nonlocal x, residual, norms
-            true = b - counted(trial)
+            true = b[:, columns] - counted(trial)
             measured = true.norm(dim=0)
-            better = measured < norms
-            x, residual = torch.where(better, trial, x), torch.where(better, true, residual)
-            norms = torch.where(better, measured, norms)
+            better = measured < norms[columns]
+            chosen = columns[better]
+            x, residual, norms = x.clone(), residual.clone(), norms.clone()
+            x[:, chosen], residual[:, chosen] = trial[:, better], true[:, better]
+            norms[chosen] = measured[better]
             return measured
 
-        worst, before = 1.0, torch.inf
         with tqdm(
             desc=type(self).__name__, disable=not progress, delay=1, leave=False, unit=" it"
         ) as bar:
-            # Begun again only while that at least halves the residual: rounding sets a floor.
-            broken = False
-            while worst > tol and worst <= 0.5 * before and not broken and len(history) < limit:
-                before, start = worst, x
-                trial = start
-                for state in iteration(counted, residual, target):
-                    trial = start + state.x
+
+            def run(columns: Tensor) -> None:
+                """One run on the residual of some columns, in step."""
+                nonlocal negative, size
+                start, trial = x[:, columns], x[:, columns]
+                wanted, promised = target[columns], norms.clone()
+                for state in iteration(counted, residual[:, columns], wanted, size):
+                    trial, size = start + state.x, state.size
                     negative |= bool(state.negative.any())
-                    history.append(float(_relative(state.norms[None], b).max()))
+                    promised[columns] = state.norms
+                    history.append(float(_relative(promised[None], b).max()))
                     bar.set_postfix(residual=f"{history[-1]:.1e}", refresh=False)
                     bar.update()
-                    if len(history) == limit:
+                    if len(history) >= limit:
                         break
                     if len(history) % _DRIFT_EVERY == 0:
-                        promised = torch.maximum(state.norms, target)
-                        if bool((measure(trial) > _DRIFT * promised).any()):
-                            break
-                measure(trial)
-                worst = float(_relative(residual, b).max())
-                broken = negative and iteration is _conjugate_gradient
+                        expected = torch.maximum(state.norms, wanted)
+                        if bool((measure(trial, columns) > _DRIFT * expected).any()):
+                            return
+                measure(trial, columns)
+
+            # Begun again while that at least halves the residual: rounding sets a floor. Where a
+            # block of right-hand sides gets no further, each goes on by itself.
+            together = b.shape[1] > 1
+            worst, before = _worst(norms, b), torch.inf
+            while worst > tol and len(history) < limit and not (definite and negative):
+                if worst > 0.5 * before:
+                    if not together:
+                        break
+                    together, before = False, torch.inf
+                    continue
+                before = worst
+                left = (norms > target).nonzero()[:, 0]
+                for columns in [left] if together else left.split(1):
+                    if len(history) < limit:
+                        run(columns)
+                worst = _worst(norms, b)
+        broken = definite and negative and worst > tol
         converged = worst <= tol
         bent = f"met negative curvature, so the matrix of {self._system} is not positive definite"
         if converged:
@@ -401,12 +524,14 @@ class ConjugateGradient(_Krylov):
                 lambda x: operator @ x + self.damping * x,
                 b,
                 progress,
+                definite=True,
             )
         x, report = self._run(
             _conjugate_gradient,
             lambda x: operator @ (operator @ x) + self.damping * x,
             _checked(operator @ b),
             progress,
+            definite=True,
         )
         return x, replace(report, products=2 * report.products + b.shape[1])
 
@@ -419,18 +544,36 @@ class ConjugateGradient(_Krylov):
 
 @dataclass(frozen=True)
 class MinRes(_Krylov):
-    """Minimal residuals on A + λI, definite or not: the default.
+    """Minimal residuals on A + λI, definite or not, in blocks and preconditioned: the default.
 
-    Costs what conjugate gradients cost where both work, and the residual never grows.
+    Several right-hand sides share one Krylov space, which then needs fewer iterations than any
+    of them alone. Costs what conjugate gradients cost where both work.
 
     Attributes
     ----------
     tol, max_iterations, damping
         Relative residual, iterations allowed, λ.
+    precondition
+        Use the operator's preconditioner, where it has one (see :mod:`msif_lib.preconditioner`).
+        Changes the number of iterations, never what is solved.
+    memory
+        Bytes for basis vectors, which are kept to hold later ones orthogonal to them.
     """
 
+    precondition: bool = True
+    memory: int = 2**29
+
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        return self._run(_minimal_residual, lambda x: operator @ x + self.damping * x, b, progress)
+        preconditioner = None
+        if self.precondition and hasattr(operator, "preconditioner"):
+            preconditioner = operator.preconditioner(self.damping)
+        x, report = self._run(
+            partial(_minimal_residual, preconditioner=preconditioner, memory=self.memory),
+            lambda x: operator @ x + self.damping * x,
+            b,
+            progress,
+        )
+        return x, replace(report, preconditioner=str(preconditioner or "none"))
 
 
 @dataclass(frozen=True)

@@ -405,7 +405,8 @@ def test_limits_of_iterations():
 
 @pytest.mark.parametrize("tol", [1e-2, 1e-5, 1e-11])
 def test_the_tolerance_is_honoured_and_not_by_far_exceeded(tol):
-    a, b = symmetric(spectrum(60, 1e3)), right_hand_sides(60, 1)
+    # Large enough that none of them runs out of dimensions, where MINRES would end exactly.
+    a, b = symmetric(spectrum(200, 1e3)), right_hand_sides(200, 1)
     for solver in (ConjugateGradient(tol=tol), MinRes(tol=tol)):
         report = solver.solve(a, b).report
         assert tol / 100 <= report.residual <= tol
@@ -478,3 +479,87 @@ def test_methods_that_a_base_class_does_not_have():
     operator.shape, operator.dtype, operator.device = (2, 2), F64, torch.device("cpu")
     with pytest.raises(TypeError, match="LinearOperator does not define a product"):
         operator @ torch.ones(2, dtype=F64)
+
+
+# --- blocks of right-hand sides ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negative", [0, 12])
+def test_a_block_needs_no_more_iterations_than_its_slowest_column(negative):
+    """The Krylov space that the columns share holds the space of each."""
+    a, b = symmetric(spectrum(80, 1e3, negative)), right_hand_sides(80, 5)
+    solver = MinRes(tol=1e-8)
+    together = quietly(solver, a, b).report
+    alone = [quietly(solver, a, column).report for column in b.unbind(1)]
+    assert together.converged
+    assert together.iterations <= max(report.iterations for report in alone)
+    assert together.iterations <= -(-80 // 5) + 1
+    assert together.products < sum(report.products for report in alone)
+
+
+@given(
+    p=st.integers(1, 12),
+    k=st.integers(1, 14),
+    repeats=st.integers(0, 3),
+    zeros=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
+def test_any_block_is_solved(p, k, repeats, zeros, seed):
+    """More columns than dimensions, repeated, parallel and zero ones."""
+    values = torch.linspace(0.2, 1, p, dtype=F64)
+    values[::3] *= -1
+    a = symmetric(values, seed)
+    b = right_hand_sides(p, k, seed)
+    b = torch.cat([b, -2 * b[:, :repeats], torch.zeros(p, zeros, dtype=F64)], 1)
+    solution = quietly(MinRes(tol=1e-9), a, b)
+    assert solution.report.converged
+    exact = torch.linalg.solve(a, b)
+    assert (solution.x - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_columns_of_very_different_size():
+    a = symmetric(spectrum(50, 1e2, negative=7))
+    b = right_hand_sides(50, 3) * torch.tensor([1e-12, 1.0, 1e12], dtype=F64)
+    solution = quietly(MinRes(tol=1e-9), a, b)
+    assert residuals(a, b, solution.x).max() <= 1e-9
+
+
+@pytest.mark.parametrize("memory", [0, 8 * 100 * 30])
+def test_without_room_for_the_basis_the_recurrences_do(memory):
+    """Memory buys orthogonality and with it iterations, never the solution."""
+    a, b = symmetric(spectrum(100, 1e3, negative=10)), right_hand_sides(100, 2)
+    full = quietly(MinRes(tol=1e-9), a, b)
+    short = quietly(MinRes(tol=1e-9, memory=memory), a, b)
+    assert full.report.converged and short.report.converged
+    assert full.report.iterations <= short.report.iterations
+    assert (full.x - short.x).norm() <= 1e-5 * full.x.norm()
+
+
+def test_one_column_needs_no_more_iterations_than_scipys_minres():
+    a, b = symmetric(spectrum(60, 1e2, negative=5)), right_hand_sides(60, 1)[:, 0]
+    counts = []
+    scipy.sparse.linalg.minres(a.numpy(), b.numpy(), rtol=1e-9, callback=counts.append)
+    report = quietly(MinRes(tol=1e-8), a, b).report
+    assert report.converged
+    assert report.iterations <= len(counts)
+
+
+def test_a_column_without_a_solution_does_not_keep_the_others_from_theirs():
+    """A singular matrix: one right-hand side in its range, one not."""
+    a = symmetric(torch.cat([torch.linspace(0.1, 1, 20, dtype=F64), torch.zeros(1, dtype=F64)]))
+    null = torch.linalg.eigh(a).eigenvectors[:, torch.linalg.eigvalsh(a).abs().argmin()]
+    inside = a @ right_hand_sides(21, 2)
+    b = torch.stack([inside[:, 0], inside[:, 1] + null], 1)
+    solution = quietly(MinRes(tol=1e-8), a, b)
+    assert not solution.report.converged
+    assert solution.report.residuals[0] <= 1e-8
+    assert solution.report.residuals[1] == pytest.approx(float(1 / b[:, 1].norm()), rel=1e-6)
+    assert solution.x.norm() <= 100 * inside.norm()
+
+
+def test_negative_curvature_is_found_in_a_block():
+    values = torch.linspace(0.1, 1, 30, dtype=F64)
+    definite, indefinite = symmetric(values), symmetric(torch.cat([values[1:], -values[:1]]))
+    b = right_hand_sides(30, 4)
+    assert not quietly(MinRes(), definite, b).report.negative_curvature
+    assert quietly(MinRes(), indefinite, b).report.negative_curvature

@@ -1,0 +1,36 @@
+"""What long work is known by on disk: a digest of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 of nested tensors, and of all else by its ``repr``, the same in every session."""
+    sha = hashlib.sha256()
+    for leaf in _flatten(parts):
+        if isinstance(leaf, Tensor):
+            values = leaf.detach().cpu().contiguous()
+            sha.update(f"{values.dtype} {tuple(values.shape)};".encode())
+            sha.update(values.flatten().view(torch.uint8).numpy().data)
+        else:
+            # Addresses in memory, which functions and some modules show, are of one session.
+            sha.update(re.sub(r" at 0x[0-9a-f]+", "", f"{leaf!r};").encode())
+    return sha.hexdigest()
+
+
+def _flatten(part: object) -> Iterator[object]:
+    """The leaves of a nested structure, its keys, and how many there are on each level."""
+    if isinstance(part, dict):
+        yield from _flatten(list(part.items()))
+    elif isinstance(part, list | tuple):
+        yield len(part)
+        for one in part:
+            yield from _flatten(one)
+    else:
+        yield part

@@ -1,0 +1,158 @@
+"""Modules as functions of a flat vector of parameters, and the derivatives that they have.
+
+Fused kernels for attention and recurrent layers lack second and forward-mode derivatives, so that
+others are chosen while a module is evaluated. Where an operation of the model has no derivative of
+a kind that is needed, the error says which and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from msif_lib.data import Nested
+
+# The code of every backward that is marked once_differentiable.
+_ONCE = once_differentiable(abs).__code__
+
+
+class DerivativeError(RuntimeError):
+    """The model or its loss has an operation without the derivative that is needed."""
+
+
+@contextmanager
+def differentiable_kernels(recurrent: bool) -> Iterator[None]:
+    """Kernels that have second and forward-mode derivatives, which the fused ones have not."""
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    cuda = torch.backends.cuda
+    fused = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
+    chosen = cuda.math_sdp_enabled() and not any(enabled() for enabled in fused)
+    if chosen and not fast_attention and not recurrent:
+        yield
+        return
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+
+
+# What torch says where an operation lacks a derivative, with the operation's name if it tells.
+_MISSING = (
+    r"derivative for '?(?P<name>[\w:.]+)'? is not implemented",
+    r"Trying to backward through (?P<name>[\w:.]+) but no autograd formula",
+    r"Trying to use forward AD with (?P<name>[\w:.]+) that does not support it",
+    r"marked with @once_differentiable",
+    r"must implement the jvp function",
+    r"must override the setup_context",
+)
+
+
+def _missing_derivative(name: str) -> DerivativeError:
+    return DerivativeError(
+        f"{name} lacks a derivative that curvature needs (products with a Hessian differentiate "
+        "twice); replace it by operations that torch differentiates twice: "
+        "torch.nn.functional.scaled_dot_product_attention for a fused attention kernel, a "
+        "backward without once_differentiable for a torch.autograd.Function, register_autograd "
+        "for a custom operator"
+    )
+
+
+@contextmanager
+def explain_missing_derivatives() -> Iterator[None]:
+    """Turn torch's errors about missing derivatives into one that says what to do.
+
+    Raises
+    ------
+    DerivativeError
+        Within the context an operation turned out to lack a derivative; the message names it.
+    """
+    try:
+        yield
+    except DerivativeError:
+        raise
+    except RuntimeError as error:
+        for pattern in _MISSING:
+            if match := re.search(pattern, str(error)):
+                name = match.groupdict().get("name", "a torch.autograd.Function of the model")
+                raise _missing_derivative(name) from error
+        raise
+
+
+def require_second_derivatives(value: Tensor) -> None:
+    """Refuse a value whose backward graph holds a Function that torch differentiates only once.
+
+    Torch itself says nothing: it leaves that Function's share of second derivatives out.
+
+    Raises
+    ------
+    DerivativeError
+        A Function's backward is marked ``once_differentiable``; the message names it.
+    """
+    seen: set[Any] = set()
+    nodes: list[Any] = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE:
+            raise _missing_derivative(node._forward_cls.__name__)
+
+
+class PureModule:
+    """A module as a function of its parameters, one flat vector; their names are read once.
+
+    Parameters
+    ----------
+    module
+        The module; parameters that it is given later are not seen.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        named = list(module.named_parameters())
+        self._names = [name for name, _ in named]
+        self._shapes = [parameter.shape for _, parameter in named]
+        self._sizes = [parameter.numel() for _, parameter in named]
+        self.size = sum(self._sizes)
+        self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
+        # Each parameter under every name it has; a submodule used twice is named once, or
+        # functional_call would not put its own parameters back.
+        number = {parameter: index for index, (_, parameter) in enumerate(named)}
+        self._all_names = [
+            (f"{prefix}.{name}" if prefix else name, number[parameter])
+            for prefix, child in module.named_modules()
+            for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector as parameters: views, so that it is differentiable and nothing copied."""
+        parts = vector.split(self._sizes) if self._sizes else ()
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """A flat vector as the named parameters."""
+        return dict(zip(self._names, self._parts(vector), strict=True))
+
+    def __call__(self, vector: Tensor, inputs: Nested) -> Any:
+        """The module's output for `inputs` at parameters `vector` ``(p,)``."""
+        parts = self._parts(vector)
+        values = {name: parts[index] for name, index in self._all_names}
+        with differentiable_kernels(self.recurrent):
+            return functional_call(self.module, values, (inputs,), tie_weights=False)

@@ -1,0 +1,378 @@
+"""Scores that go to disk as they come, and data that are read a part at a time."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from problems import ALPHAS, F64, Problem, check
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from msif_lib import (
+    FixedEmbeddingInfluence,
+    SingleStageInfluence,
+    Stage,
+    UpdatedEmbeddingInfluence,
+    storage,
+)
+from msif_lib.data import Examples
+from msif_lib.influence import _Influence
+from msif_lib.solvers import Dense, Identity, MinRes, Solver, SolverWarning
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch between two writings, so that small problems have many."""
+    monkeypatch.setattr(storage, "_BATCHES_A_STEP", 1)
+
+
+class Counted(Dataset):
+    """A data set that knows what was read of it, and breaks down after so many readings."""
+
+    def __init__(self, data: tuple[Tensor, Tensor]) -> None:
+        self.data = data
+        self.read: list[int] = []
+        self.strength = 10**9
+
+    def __len__(self) -> int:
+        return len(self.data[0])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if len(self.read) == self.strength:
+            raise KeyboardInterrupt
+        self.read.append(int(index))
+        return self.data[0][index], self.data[1][index]
+
+
+def run(
+    problem: Problem,
+    alpha: float | None = None,
+    solver: Solver = Dense(),  # noqa: B008 (frozen dataclass)
+    **settings,
+) -> _Influence:
+    settings = {"batch_sizes": (4, 13)} | settings
+    first, second = problem.stages(alpha, **settings)
+    if alpha is None:
+        return FixedEmbeddingInfluence(first, second, solver, progress=False)
+    return UpdatedEmbeddingInfluence(first, second, alpha, solver, progress=False)
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Solving and scoring become errors."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("work is done twice")
+
+    for owner, name in ((Dense, "solve"), (Stage, "directional_derivatives")):
+        if name in names:
+            monkeypatch.setattr(owner, name, forbidden)
+
+
+# --- parts of the data ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["tensors", "data set", "loader"])
+@pytest.mark.parametrize("chosen", [range(3, 9), range(9, 9), [7, 0, 7, 2, 5], None])
+def test_batches_of_some_examples_read_no_others(form, chosen):
+    x, y = torch.randn(11, 3), torch.arange(11)
+    examples = Counted((x, y))
+    data = {"tensors": (x, y), "data set": examples, "loader": DataLoader(examples)}[form]
+    batches = list(Examples(data).batches(2, chosen))
+    indices = list(range(11) if chosen is None else chosen)
+    assert [len(targets) for _, targets in batches[:-1]] == [2] * (len(batches) - 1)
+    assert torch.equal(torch.cat([x[:0], *(inputs for inputs, _ in batches)]), x[indices])
+    assert [int(i) for _, targets in batches for i in targets] == indices
+    if form != "tensors":
+        assert examples.read == indices
+
+
+def test_a_section_keeps_the_size_of_the_data(mlp):
+    stage = mlp.stages()[0]
+    rows = torch.cat(list(stage.per_example_gradients()))
+    part = stage.section([30, 2, 2])
+    check(torch.cat(list(part.per_example_gradients())), rows[[30, 2, 2]], 1e-12)
+    assert part.size == stage.size == 31
+    assert list(stage.share) == list(range(31))
+
+
+def padded(batch: list) -> tuple[Tensor, Tensor]:
+    inputs = pad_sequence([x[:n] for x, n in batch], batch_first=True)
+    return inputs, torch.stack([n for _, n in batch]) % 2
+
+
+def test_batches_that_are_padded_each_to_its_own_length():
+    """They can be scored; what needs them as one tensor says what to do."""
+
+    class Sum(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2, dtype=F64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(1)[:, None] * self.weight
+
+    lengths = torch.arange(1, 1031)
+    examples = TensorDataset(torch.rand(1030, 1030, dtype=F64), lengths)
+    loader = DataLoader(examples, collate_fn=padded)
+    stage = Stage(Sum(), torch.nn.Linear(2, 2, dtype=F64), loss, loader, l2=0.1, batch_size=300)
+    assert torch.cat(list(stage.directional_derivatives(stage.vector()[:, None]))).shape == (
+        1030,
+        1,
+    )
+    with pytest.raises(
+        ValueError, match=r"differ in shape.*\(1024,\).*\(1030,\).*pads every batch"
+    ):
+        stage.to(torch.float32)
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+# --- scores on disk ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
+@pytest.mark.parametrize("per_test", [False, True])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_scores_on_disk_are_those_in_memory(mlp, tmp_path, alpha, per_test, dtype):
+    test = mlp.test_data[0].to(dtype), mlp.test_data[1]
+    new = mlp.new_data[0].to(dtype), mlp.new_data[1]
+    for name, of in (("all", None), ("new", new)):
+        out = tmp_path / f"{name}.npy"
+        influence = run(mlp, alpha, dtype=dtype)
+        exact = influence.scores(test, per_test, of)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores = influence.scores(test, per_test, of, out=str(out))
+        assert scores.values.dtype == dtype
+        assert scores.values.shape == exact.values.shape
+        check(scores.values, exact.values, 1e-12 if dtype == F64 else 1e-5)
+        assert np.array_equal(np.load(out), scores.values.numpy())
+        assert scores.of_training_set is (of is None)
+        assert [report.solver for report in scores.solves] == ["Dense", "Dense"]
+        scores.values.zero_()
+        assert np.load(out).any(), "what is done to the values stays in memory"
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatch):
+    out = tmp_path / "scores.npy"
+    examples = Counted(mlp.pretraining_data)
+    exact = run(mlp).scores(mlp.test_data, per_test=True).values
+
+    def start() -> _Influence:
+        first, second = mlp.stages(batch_sizes=(4, 13))
+        first = Stage(first.embedding, first.head, first.loss, examples, first.l2, 4)
+        return FixedEmbeddingInfluence(first, second, Dense(), progress=False)
+
+    examples.strength = 10**9
+    influence = start()
+    solution = influence._directions(mlp.test_data, True)
+    monkeypatch.setattr(influence, "_directions", lambda *args: solution)
+    examples.read.clear()
+    examples.strength = 2 + 2 + 18  # the ends of the data for two fingerprints, then the sweep
+    with pytest.raises(KeyboardInterrupt):
+        influence.scores(mlp.test_data, per_test=True, out=out)
+    assert json.loads(Path(f"{out}.progress.json").read_text())["finished"] == 16
+    check(torch.from_numpy(np.load(out))[:16], exact[:16], 1e-12)
+    assert not np.load(out)[16:].any()
+
+    examples.strength = 10**9
+    again = start()
+    examples.read.clear()
+    forbid_work(monkeypatch, "solve")
+    scores = again.scores(mlp.test_data, per_test=True, out=out)
+    assert examples.read[4:] == list(range(16, 31)), "what was scored is not read again"
+    check(scores.values, exact, 1e-12)
+    assert [report.system for report in scores.solves] == ["A x = b", "A x = b"]
+    assert not list(tmp_path.glob("*.new"))
+
+    finished = start()
+    examples.read.clear()
+    forbid_work(monkeypatch, "directional_derivatives")
+    check(finished.scores(mlp.test_data, per_test=True, out=out).values, exact, 1e-12)
+    assert len(examples.read) == 4
+
+
+def test_an_interruption_before_the_sweep_keeps_the_solution(mlp, tmp_path, monkeypatch):
+    out = tmp_path / "scores.npy"
+    with monkeypatch.context() as patch:
+        forbid_work(patch, "directional_derivatives")
+        with pytest.raises(AssertionError, match="twice"):
+            run(mlp).scores(mlp.test_data, of=mlp.new_data, out=out)
+    forbid_work(monkeypatch, "solve")
+    scores = run(mlp).scores(mlp.test_data, of=mlp.new_data, out=out)
+    check(scores.values, mlp.exact(None, of_new=True).sum(1), 1e-9)
+
+
+def test_batching_does_not_change_what_a_file_belongs_to(mlp, tmp_path, monkeypatch):
+    out = tmp_path / "scores.npy"
+    run(mlp).scores(mlp.test_data, out=out)
+    forbid_work(monkeypatch, "solve", "directional_derivatives")
+    loader = DataLoader(TensorDataset(*mlp.test_data), batch_size=4)
+    scores = run(mlp, batch_sizes=(9, 5)).scores(loader, out=out)
+    check(scores.values, mlp.exact(None).sum(1), 1e-9)
+
+
+def test_a_file_of_another_problem_is_refused(mlp, tmp_path):
+    out = tmp_path / "scores.npy"
+    run(mlp).scores(mlp.test_data, out=out)
+    before = np.load(out)
+    x, y = mlp.test_data
+    with pytest.raises(ValueError, match=r"^out: .* belongs to another problem"):
+        run(mlp).scores((x + 1e-12, y), out=out)
+    with pytest.raises(ValueError, match="another problem"):
+        run(mlp).scores(mlp.test_data, per_test=True, out=out)
+    with pytest.raises(ValueError, match="another problem"):
+        run(mlp).scores(mlp.test_data, of=mlp.new_data, out=out)
+    with pytest.raises(ValueError, match="another problem"):
+        run(mlp, solver=Dense(damping=1e-9)).scores(mlp.test_data, out=out)
+    with pytest.raises(ValueError, match="another problem"):
+        run(mlp, ALPHAS[0]).scores(mlp.test_data, out=out)
+    changed = run(mlp)
+    changed._trained.load_vector(changed._trained.vector() + 1e-12)
+    with pytest.raises(ValueError, match="another problem"):
+        changed.scores(mlp.test_data, out=out)
+    assert np.array_equal(np.load(out), before)
+    out.with_name("scores.npy.solution.pt").unlink()
+    with pytest.raises(ValueError, match="a file beside it is missing; give another path"):
+        run(mlp).scores(mlp.test_data, out=out)
+
+
+def test_no_file_is_taken_for_finished_that_is_not(mlp, tmp_path, monkeypatch):
+    """The scores are removed, what stands beside them is not, and the next sweep ends at once."""
+    out = tmp_path / "scores.npy"
+    exact = run(mlp).scores(mlp.test_data, out=out).values.clone()
+    out.unlink()
+    with monkeypatch.context() as patch:
+        forbid_work(patch, "directional_derivatives")
+        with pytest.raises(AssertionError, match="twice"):
+            run(mlp).scores(mlp.test_data, out=out)
+    assert not np.load(out).any()
+    assert torch.equal(run(mlp).scores(mlp.test_data, out=out).values, exact)
+    out.with_name("scores.npy.progress.json").unlink()
+    with pytest.raises(ValueError, match="a file beside it is missing"):
+        run(mlp).scores(mlp.test_data, out=out)
+
+
+def test_half_precision_is_kept_in_single(mlp, tmp_path):
+    stage = mlp.stages(batch_sizes=(4, 13))[0].to(torch.bfloat16)
+    v = torch.ones_like(stage.vector())
+    kept = storage.sweep(stage, v, tmp_path / "scores.npy", progress=False)
+    assert np.load(tmp_path / "scores.npy").dtype == np.float32
+    assert torch.equal(kept, storage.sweep(stage, v, None, progress=False).float())
+
+
+def test_paths_that_cannot_be_written_are_refused_before_any_work(mlp, tmp_path, monkeypatch):
+    influence = run(mlp)
+    forbid_work(monkeypatch, "solve")
+    with pytest.raises(ValueError, match=r"out must be the path of a \.npy file, not scores\.csv"):
+        influence.scores(mlp.test_data, out="scores.csv")
+    with pytest.raises(ValueError, match=r"out: the folder .*nowhere does not exist"):
+        influence.scores(mlp.test_data, out=tmp_path / "nowhere" / "scores.npy")
+
+
+def test_a_score_that_is_not_finite_is_not_written(tmp_path):
+    def root(outputs: Tensor, targets: Tensor) -> Tensor:
+        """Its gradient is not finite where output and target are the same."""
+        return (outputs - targets).abs().sum(1).sqrt()
+
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(12, 2, dtype=F64, generator=g), torch.ones(12, 2, dtype=F64)
+    identity, head = torch.nn.Identity(), torch.nn.Linear(2, 2, dtype=F64)
+    stage = Stage(identity, head, root, (x, t), l2=0.1, batch_size=4)
+    influence = SingleStageInfluence(stage, Dense(damping=5.0), 100, progress=False)
+    t = t.clone()
+    t[9] = head(x[9:10])[0].detach()
+    out = tmp_path / "scores.npy"
+    with pytest.raises(FloatingPointError, match="the score of example 9 is not finite"):
+        influence.scores((x[:2], t[:2]), of=(x, t), out=out)
+    assert json.loads(Path(f"{out}.progress.json").read_text())["finished"] == 8
+    assert np.isfinite(np.load(out)).all()
+
+
+def test_a_solution_found_again_warns_again_and_at_the_caller(mlp, tmp_path):
+    for _ in range(2):
+        influence = run(mlp, solver=MinRes(max_iterations=2, precondition=False))
+        with pytest.warns(SolverWarning, match="MinRes: stopped at the limit of 2") as caught:
+            scores = influence.scores(mlp.test_data, out=tmp_path / "scores.npy")
+        assert [report.converged for report in scores.solves] == [False, False]
+        assert len(caught) == 2
+        assert {entry.filename for entry in caught} == {__file__}
+
+
+def test_the_identity_is_no_failed_solve(mlp, tmp_path):
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(mlp, solver=Identity()).scores(mlp.test_data, out=tmp_path / "scores.npy")
+
+
+def test_few_batches_are_held_at_a_time(mlp, tmp_path):
+    """Of data that are read from a source the sweep holds a batch or two, whatever their size."""
+    alive = most = 0
+
+    def ended() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def collate(batch: list) -> tuple[Tensor, Tensor]:
+        nonlocal alive, most
+        inputs, targets = (torch.stack(part) for part in zip(*batch, strict=True))
+        weakref.finalize(inputs, ended)
+        alive += 1
+        most = max(most, alive)
+        return inputs, targets
+
+    x, y = mlp.pretraining_data
+    many = TensorDataset(x.repeat(20, 1), y.repeat(20))
+    loader = DataLoader(many, collate_fn=collate)
+    influence = run(mlp)
+    scores = influence.scores(mlp.test_data, of=loader, out=tmp_path / "scores.npy")
+    check(scores.values, influence.scores(mlp.test_data).values.repeat(20), 1e-9)
+    assert most <= 4
+
+
+# --- self-influence ------------------------------------------------------------------------------
+
+
+def test_self_influence_of_chosen_examples_reads_no_others(mlp):
+    stage = mlp.stages(batch_sizes=(4, 13))[0]
+    examples = Counted(mlp.pretraining_data)
+    stage = Stage(stage.embedding, stage.head, stage.loss, examples, stage.l2, 4)
+    influence = SingleStageInfluence(stage, Dense(), progress=False)
+    every = influence.self_influence().values
+    examples.read.clear()
+    assert torch.equal(influence.self_influence([]).values, every[:0])
+    assert influence.self_influence([]).solves == ()
+    assert not examples.read
+    check(influence.self_influence([30, 2, -3, 2], at_once=3).values, every[[30, 2, 28, 2]], 1e-12)
+    assert examples.read == [30, 2, 28, 2]
+    mask = torch.arange(31) % 7 == 3
+    check(influence.self_influence(mask).values, every[mask], 1e-12)
+    with pytest.raises(IndexError, match="31"):
+        influence.self_influence([31])
+
+
+def test_bars_count_examples(mlp, capsys, monkeypatch):
+    import msif_lib.influence
+
+    real = storage.tqdm
+
+    def at_once(*args, **settings):
+        return real(*args, **(settings | {"delay": 0, "leave": True}))
+
+    for module in (storage, msif_lib.influence):
+        monkeypatch.setattr(module, "tqdm", at_once)
+    influence = SingleStageInfluence(mlp.stages(batch_sizes=(4, 13))[0], Dense(), progress=True)
+    influence.scores(mlp.pretraining_data)
+    assert "| 31/31 [" in capsys.readouterr().err
+    influence.self_influence(at_once=10)
+    assert "self-influence: 100%" in capsys.readouterr().err
