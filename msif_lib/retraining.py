@@ -11,14 +11,18 @@ same training without any removal, so that what is left of the optimisation erro
 
 Many removals are trained together: `torch.func.vmap` over models, on shared data. At a warm
 start the Hessian at the trained parameters, factorised once, preconditions a quasi-Newton
-method for all of them, which then needs a handful of gradient evaluations.
+method for all of them (:mod:`msif_lib.minimise`), which then needs a handful of gradient
+evaluations. Models that are trained together are one job; jobs may run in several processes or
+on a cluster, and be kept in a folder as they finish.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,164 +30,26 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm import tqdm
 
-from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
+from msif_lib.checkpoint import Checkpoint, software, stage_fingerprint
+from msif_lib.curvature import AddDiagonal, Hessian, proximal_hessian
 from msif_lib.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
+from msif_lib.fingerprint import fingerprint
+from msif_lib.jobs import as_finished
+from msif_lib.minimise import (
+    BatchedObjective,
+    Minimum,
+    Preconditioner,
+    RowPreconditioner,
+    minimise,
+    minimise_near,
+)
+from msif_lib.preconditioner import Preconditioner as Sketch
 from msif_lib.stage import Stage, check_pair
 
-#: Values ``(R,)`` and gradients ``(R, p)`` of R objectives at R parameter vectors ``(R, p)``;
-#: the second argument says which of them are asked for.
-BatchedObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+__all__ = ["Minimum", "Preconditioner", "Retraining", "minimise", "retrain_without"]
 
-# A warm start that has not converged after this many evaluations has left the region where the
-# Hessian at the start is of use.
-_PRECONDITIONED = 50
-# Above this many parameters a warm start goes without the factorised Hessian.
+# Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
 _DENSE_PARAMETERS = 4000
-
-
-@dataclass(frozen=True)
-class Minimum:
-    """Where :func:`minimise` ended, for R objectives.
-
-    Attributes
-    ----------
-    x
-        Parameter vectors ``(R, p)``.
-    gradient_norms
-        ``(R,)``.
-    converged
-        Whether each gradient norm is within the tolerance, ``(R,)``.
-    evaluations
-        Evaluations of value and gradient of each objective, ``(R,)``.
-    """
-
-    x: Tensor
-    gradient_norms: Tensor
-    converged: Tensor
-    evaluations: Tensor
-
-
-class Preconditioner:
-    """The inverse of a dense symmetric H in absolute value: a Newton step, always descending.
-
-    Parameters
-    ----------
-    matrix
-        H, ``(p, p)``.
-    floor
-        Eigenvalues are taken in absolute value and not below this share of the largest.
-    """
-
-    def __init__(self, matrix: Tensor, floor: float = 1e-10) -> None:
-        values, self._vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        self._values = values.abs().clamp_min(floor * float(values.abs().max()))
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """H⁻¹, its eigenvalues in absolute value, applied to each row of ``(R, p)``."""
-        return (rows @ self._vectors / self._values) @ self._vectors.T
-
-
-def minimise(
-    objective: BatchedObjective,
-    start: Tensor,
-    tol: float,
-    preconditioner: Callable[[Tensor], Tensor] | None = None,
-    max_evaluations: int = 500,
-    memory: int = 20,
-) -> Minimum:
-    """Minimise R smooth functions at once by preconditioned L-BFGS.
-
-    Nocedal & Wright (2006), algorithms 7.4 and 7.5, with backtracking (Armijo), all objectives
-    in step; those that have converged are no longer evaluated.
-
-    Parameters
-    ----------
-    objective
-        ``objective(x, which)`` with x ``(r, p)`` and `which` ``(r,)``, the numbers of the
-        objectives asked for; returns values ``(r,)`` and gradients ``(r, p)``.
-    start
-        Where to begin, ``(R, p)``.
-    tol
-        Euclidean norm of the gradient to be reached.
-    preconditioner
-        Maps rows ``(r, p)`` to H₀⁻¹ rows, with H₀ ≻ 0 near the Hessian. None: a multiple of the
-        identity, set from the last step.
-    max_evaluations
-        Evaluations allowed for each objective.
-    memory
-        Pairs of steps and gradient differences kept.
-
-    Returns
-    -------
-    Minimum
-        Where each objective ended, and whether it converged.
-
-    Raises
-    ------
-    FloatingPointError
-        A value or gradient at `start` is not finite.
-    """
-    count = len(start)
-    x = start.clone()
-    which = torch.arange(count)
-    value, gradient = objective(x, which)
-    if not (value.isfinite().all() and gradient.isfinite().all()):
-        raise FloatingPointError("the objective or its gradient is not finite at the start")
-    evaluations = torch.ones(count, dtype=torch.long)
-    step = torch.ones(count, dtype=x.dtype, device=x.device)
-    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    noise = 10 * torch.finfo(x.dtype).eps
-
-    def direction(gradient: Tensor) -> Tensor:
-        """−H_k ∇, by the two-loop recursion over the pairs (s, y, 1/yᵀs)."""
-        q, coefficients = gradient, []
-        for s, y, rho in reversed(pairs):
-            a = rho * (s * q).sum(1)
-            q = q - a[:, None] * y
-            coefficients.append(a)
-        if preconditioner is not None:
-            r = preconditioner(q)
-        else:
-            r = scale[:, None] * q
-        for (s, y, rho), a in zip(pairs, reversed(coefficients), strict=True):
-            r = r + (a - rho * (y * r).sum(1))[:, None] * s
-        return -r
-
-    # Without a preconditioner the first step has length one at most.
-    scale = 1 / gradient.norm(dim=1).clamp_min(1.0)
-    d = direction(gradient)
-    while True:
-        open_ = (gradient.norm(dim=1) > tol) & (evaluations < max_evaluations)
-        # A step that has shrunk to nothing has met the limit of the arithmetic.
-        open_ &= step > 1e-12
-        if not open_.any():
-            break
-        which = open_.nonzero()[:, 0]
-        trial = x[which] + step[which, None] * d[which]
-        new_value, new_gradient = objective(trial, which)
-        evaluations[which] += 1
-        slope = (gradient[which] * d[which]).sum(1)
-        allowed = value[which] + 1e-4 * step[which] * slope + noise * value[which].abs()
-        accepted = new_value <= allowed
-        taken = which[accepted]
-        step[which[~accepted]] *= 0.5
-
-        s, y = torch.zeros_like(x), torch.zeros_like(x)
-        s[taken] = trial[accepted] - x[taken]
-        y[taken] = new_gradient[accepted] - gradient[taken]
-        curvature = (s * y).sum(1)
-        useful = curvature > noise * s.norm(dim=1) * y.norm(dim=1)
-        rho = torch.where(useful, 1 / curvature, 0.0)
-        pairs = [*pairs, (s, y, rho)][-memory:]
-        scale = torch.where(useful, curvature / (y * y).sum(1), scale)
-
-        x[taken], value[taken] = trial[accepted], new_value[accepted]
-        gradient[taken], step[taken] = new_gradient[accepted], 1.0
-        if len(taken):
-            renewed = direction(gradient)
-            d[taken] = renewed[taken]
-    norms = gradient.norm(dim=1)
-    return Minimum(x, norms, norms <= tol, evaluations)
 
 
 @dataclass(frozen=True)
@@ -241,6 +107,9 @@ def retrain_without(
     tol: float = 1e-9,
     max_evaluations: int | None = None,
     models_at_once: int = 32,
+    jobs: int | None = None,
+    threads: int = 1,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Retraining:
     """Leave sets of examples out of pretraining, train both stages again, measure the test losses.
@@ -251,7 +120,8 @@ def retrain_without(
         The two trained stages: for case 1 with the same embedding, for case 2 (`alpha` given)
         `finetune` holds W*.
     removals
-        R sets of indices into the pretraining data; singletons for leave-one-out.
+        R sets of indices into the pretraining data, or Boolean masks over it; singletons for
+        leave-one-out.
     test
         Test examples ``(inputs, targets)`` of the finetuning task, T of them.
     alpha
@@ -271,7 +141,24 @@ def retrain_without(
     max_evaluations
         Gradient evaluations allowed a stage; None: 5,000 warm, 20,000 cold.
     models_at_once
-        Models evaluated together; changes memory and speed, never a result.
+        Models trained together, one job; changes memory and speed, and of results the last bits.
+    jobs
+        Jobs at once, each in a process of its own (−1: one a core). None: what
+        `joblib.parallel_config` says, else one after the other in this process. Inside
+        ``with joblib.parallel_config(backend="dask"):`` they run on the Dask cluster of the
+        present client, whatever `jobs` says; a lost worker's jobs run again on another.
+        Modules and losses may be local; the modules of Python that they come from must be
+        importable on the workers. Results are the same to the last bit on machines alike.
+    threads
+        Threads of each job. Small models want one; `jobs` × `threads` should not exceed the
+        cores.
+    checkpoint
+        A folder that keeps each finished job, the training without removal and the factorised
+        Hessians. A later call with the same arguments trains only what is missing; another
+        call on the same stages factorises nothing. Results are known by a digest of all that
+        they depend on (parameters and data of both stages, the values of loss and regularizer,
+        `test`, the settings, the removals of their job, the code of this library), so that a
+        folder may serve any number of calls.
     progress
         Show bars for what takes more than a second.
 
@@ -284,104 +171,157 @@ def retrain_without(
     ------
     ValueError
         A removal that is empty, repeats an index, lies outside the pretraining data or leaves
-        nothing of it; α ≤ 0; a `fraction` outside (0, 1]; `tol` ≤ 0; embeddings of the two stages
-        that differ in parameter names or shapes.
+        nothing of it; a mask of another length than the data; α ≤ 0; a `fraction` outside (0, 1];
+        `tol` ≤ 0; `jobs` of 0; embeddings of the two stages that differ in parameter names or
+        shapes; a stage of which each process reads a share.
     TypeError
-        Removals that are indices, not sets of indices.
+        Removals that are indices, not sets of indices; indices that are no whole numbers.
     """
-    _check_arguments(pretrain, removals, alpha, fraction, tol)
+    _check_settings(alpha, fraction, tol)
     if models_at_once < 1 or (max_evaluations is not None and max_evaluations < 1):
         raise ValueError("models_at_once and max_evaluations must be at least 1")
+    if threads < 1 or jobs == 0:
+        raise ValueError("threads must be at least 1, and jobs must not be 0 (−1: one a core)")
+    sets = [_indices(number, removal, pretrain.size) for number, removal in enumerate(removals)]
     check_pair(pretrain, finetune, "finetune")
+    if any(len(stage.share) != stage.size for stage in (pretrain, finetune)):
+        raise ValueError(
+            "retraining takes whole stages, not sharded ones; its jobs go to other processes by "
+            "jobs= or joblib.parallel_config"
+        )
     pretrain, finetune = pretrain.to(torch.float64), finetune.to(torch.float64)
-    tested = finetune.with_data(_double(test, finetune.device), "test data")
-    begin = (pretrain, finetune)
-    preconditioners: tuple[Preconditioner | None, ...] = (None, None)
-    if cold_start:
-        begin = (cold_start[0].to(torch.float64), cold_start[1].to(torch.float64))
-    else:
-        preconditioners = (
-            _preconditioner(pretrain.vector(), lambda: Hessian(pretrain)),
-            _preconditioner(
-                finetune.head_vector() if alpha is None else finetune.vector(),
-                lambda: _finetuning_hessian(finetune, alpha),
-            ),
+    test = _double(test, finetune.device)
+    trainings = _Trainings(
+        pretrain=pretrain,
+        finetune=finetune,
+        tested=finetune.with_data(test, "test data"),
+        starts=tuple(stage.vector().double() for stage in cold_start or (pretrain, finetune)),
+        cold=cold_start is not None,
+        alpha=alpha,
+        renormalise=renormalise,
+        fraction=fraction,
+        tol=tol,
+        limit=max_evaluations or (20_000 if cold_start else 5000),
+    )
+    # The first job removes nothing: what every removal is measured against.
+    batches = [
+        sets[start : start + models_at_once] for start in range(0, len(sets), models_at_once)
+    ]
+    work: list[list[list[int]]] = [[[]], *batches]
+    kept, stages, names = Checkpoint(checkpoint), ("", ""), [""] * len(work)
+    if checkpoint is not None:
+        stages = stage_fingerprint(pretrain), stage_fingerprint(finetune)
+        settings = stages, test, threads, trainings.settings()
+        names = [f"retraining-{fingerprint(settings, removed)}" for removed in work]
+    results = [kept.get(name) for name in names]
+    missing = [number for number, result in enumerate(results) if result is None]
+    if missing and not cold_start:
+        trainings.precondition(kept, stages)
+    models = sum(map(len, work))
+    bar = tqdm(
+        total=models, desc="retraining", unit=" models", disable=not progress, delay=1, leave=False
+    )
+    finished = as_finished(trainings, [work[number] for number in missing], jobs, threads)
+    with bar, closing(finished):
+        bar.update(models - sum(len(work[number]) for number in missing))
+        for index, result in finished:
+            number = missing[index]
+            kept.put(names[number], result)
+            results[number] = result
+            bar.update(len(work[number]))
+    joined = {
+        name: torch.cat([result[name] for result in results if result is not None]).to(
+            pretrain.device
         )
-    limit = max_evaluations or (20_000 if cold_start else 5000)
-
-    def train(weights: Tensor) -> tuple[Tensor, Minimum, Minimum]:
-        """Both trainings for pretraining weights ``(r, m)``: test losses and the two minima."""
-        first = begin[0].vector().expand(len(weights), -1)
-        pretrained = _minimise_from(
-            _batched(_pretraining_terms(pretrain, weights)), first, tol, preconditioners[0], limit
-        )
-        embeddings = pretrained.x[:, : pretrain.embedding_size]
-        if alpha is None:
-            second = begin[1].head_vector().expand(len(weights), -1)
-            terms = _head_terms(finetune, embeddings)
-        else:
-            second = begin[1].vector().expand(len(weights), -1)
-            if cold_start:
-                second = torch.cat([embeddings, second[:, finetune.embedding_size :]], 1)
-            terms = _proximal_terms(finetune, embeddings, alpha)
-        finetuned = _minimise_from(_batched(terms), second, tol, preconditioners[1], limit)
-        x = torch.cat([embeddings, finetuned.x], 1) if alpha is None else finetuned.x
-        with torch.no_grad():
-            losses = [
-                _for_each_model(lambda theta, b=batch: tested.losses(*tested.split(theta), *b), x)
-                for batch in tested.batches()
-            ]
-        return torch.cat(losses, 1), pretrained, finetuned
-
-    # Number 0 removes nothing: what every removal is measured against.
-    sets: list[Sequence[int]] = [[], *removals]
-    losses, norms, evaluations, converged = [], [], [], []
-    with tqdm(
-        total=len(sets), desc="retraining", unit=" models", disable=not progress, delay=1,
-        leave=False,
-    ) as bar:  # fmt: skip
-        for start in range(0, len(sets), models_at_once):
-            some = sets[start : start + models_at_once]
-            after, first, second = train(_weights(some, pretrain, renormalise, fraction))
-            losses.append(after)
-            norms.append(torch.stack([first.gradient_norms, second.gradient_norms], 1))
-            evaluations.append(torch.stack([first.evaluations, second.evaluations], 1))
-            converged.append(first.converged & second.converged)
-            bar.update(len(some))
-    all_losses, all_converged = torch.cat(losses), torch.cat(converged)
+        for name in ("losses", "gradient_norms", "evaluations", "converged")
+    }
     return Retraining(
-        losses=all_losses[1:],
-        losses_before=all_losses[0],
-        converged=all_converged[1:],
-        converged_before=bool(all_converged[0]),
-        gradient_norms=torch.cat(norms)[1:],
-        evaluations=torch.cat(evaluations)[1:],
+        losses=joined["losses"][1:],
+        losses_before=joined["losses"][0],
+        converged=joined["converged"][1:],
+        converged_before=bool(joined["converged"][0]),
+        gradient_norms=joined["gradient_norms"][1:],
+        evaluations=joined["evaluations"][1:],
         convention="renormalised" if renormalise else "fixed weight",
         start="cold" if cold_start else "warm",
     )
 
 
-def _minimise_from(
-    objective: BatchedObjective,
-    start: Tensor,
-    tol: float,
-    preconditioner: Preconditioner | None,
-    limit: int,
-) -> Minimum:
-    """Minimise, first with the Hessian at the start, then without for what went far from it."""
-    if preconditioner is None or limit <= _PRECONDITIONED:
-        return minimise(objective, start, tol, preconditioner, limit)
-    near = minimise(objective, start, tol, preconditioner, _PRECONDITIONED)
-    rest = (~near.converged).nonzero()[:, 0]
-    if not len(rest):
-        return near
-    far = minimise(
-        lambda x, which: objective(x, rest[which]), near.x[rest], tol, None, limit - _PRECONDITIONED
-    )
-    x, norms, evaluations = near.x.clone(), near.gradient_norms.clone(), near.evaluations.clone()
-    x[rest], norms[rest] = far.x, far.gradient_norms
-    evaluations[rest] += far.evaluations
-    return Minimum(x, norms, norms <= tol, evaluations)
+@dataclass
+class _Trainings:
+    """Both trainings and the test, for any removals: what every job needs to know."""
+
+    pretrain: Stage
+    finetune: Stage
+    tested: Stage
+    starts: tuple[Tensor, ...]
+    cold: bool
+    alpha: float | None
+    renormalise: bool
+    fraction: float
+    tol: float
+    limit: int
+    preconditioners: tuple[RowPreconditioner | None, ...] = (None, None)
+
+    def settings(self) -> tuple[object, ...]:
+        """What results depend on beside the stages, the removals and the test data."""
+        return (
+            self.starts, self.cold, self.alpha, self.renormalise, self.fraction, self.tol,
+            self.limit,
+        )  # fmt: skip
+
+    def precondition(self, kept: Checkpoint, stages: tuple[str, str]) -> None:
+        """Factorise both Hessians at the start, or read their factors."""
+        pretrain, finetune, alpha = self.pretrain, self.finetune, self.alpha
+        size = finetune.head_size if alpha is None else len(finetune.vector())
+        self.preconditioners = (
+            _preconditioner(
+                kept, ("pretraining", stages[0]), len(pretrain.vector()), lambda: Hessian(pretrain)
+            ),
+            _preconditioner(
+                kept,
+                ("finetuning", stages[1], alpha),
+                size,
+                lambda: _finetuning_hessian(finetune, alpha),
+            ),
+        )
+
+    def __call__(self, removals: list[list[int]]) -> dict[str, Tensor]:
+        """Train r models: their test losses ``(r, T)``, and how each training ended."""
+        finetune, alpha, count = self.finetune, self.alpha, len(removals)
+        weights = _weights(removals, self.pretrain, self.renormalise, self.fraction)
+        first = minimise_near(
+            _batched(_pretraining_terms(self.pretrain, weights)),
+            self.starts[0].expand(count, -1),
+            self.tol,
+            self.preconditioners[0],
+            self.limit,
+        )
+        embeddings = first.x[:, : self.pretrain.embedding_size]
+        start = self.starts[1].expand(count, -1)
+        if alpha is None:
+            start, terms = start[:, finetune.embedding_size :], _head_terms(finetune, embeddings)
+        else:
+            if self.cold:
+                start = torch.cat([embeddings, start[:, finetune.embedding_size :]], 1)
+            terms = _proximal_terms(finetune, embeddings, alpha)
+        second = minimise_near(
+            _batched(terms), start, self.tol, self.preconditioners[1], self.limit
+        )
+        x = torch.cat([embeddings, second.x], 1) if alpha is None else second.x
+        tested = self.tested
+        with torch.no_grad():
+            losses = [
+                _for_each_model(lambda theta, b=batch: tested.losses(*tested.split(theta), *b), x)
+                for batch in tested.batches()
+            ]
+        result = {
+            "losses": torch.cat(losses, 1),
+            "gradient_norms": torch.stack([first.gradient_norms, second.gradient_norms], 1),
+            "evaluations": torch.stack([first.evaluations, second.evaluations], 1),
+            "converged": first.converged & second.converged,
+        }
+        return {name: value.cpu() for name, value in result.items()}
 
 
 def _for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
@@ -473,27 +413,57 @@ def _proximal_terms(stage: Stage, embeddings: Tensor, alpha: float) -> _Terms:
     return terms
 
 
-def _weights(
-    removals: Sequence[Sequence[int]], stage: Stage, renormalise: bool, fraction: float
-) -> Tensor:
+def _weights(removals: list[list[int]], stage: Stage, renormalise: bool, fraction: float) -> Tensor:
     """The weight of each pretraining example in each objective, ``(r, m)``."""
     weights = torch.ones(len(removals), stage.size, dtype=torch.float64)
     for row, removal in enumerate(removals):
-        weights[row, torch.as_tensor(removal, dtype=torch.long)] = 1 - fraction
+        weights[row, removal] = 1 - fraction
     total = weights.sum(1, keepdim=True) if renormalise else stage.size
     return (weights / total).to(stage.device)
 
 
-def _finetuning_hessian(finetune: Stage, alpha: float | None) -> LinearOperator:
+def _finetuning_hessian(finetune: Stage, alpha: float | None) -> Hessian | AddDiagonal:
     if alpha is None:
         return Hessian(finetune, block="head")
     return proximal_hessian(finetune, alpha)
 
 
 def _preconditioner(
-    parameters: Tensor, hessian: Callable[[], LinearOperator]
-) -> Preconditioner | None:
-    return Preconditioner(hessian().dense()) if len(parameters) <= _DENSE_PARAMETERS else None
+    kept: Checkpoint,
+    parts: tuple[object, ...],
+    size: int,
+    hessian: Callable[[], Hessian | AddDiagonal],
+) -> RowPreconditioner | None:
+    """The inverse of a matrix near the Hessian, kept under a name for `parts`.
+
+    The Hessian itself where it is small enough to be factorised, else a sketch of the
+    Gauss-Newton matrix.
+    """
+    name = f"preconditioner-{fingerprint(software(), *parts)}"
+    factors = kept.get(name)
+    if size <= _DENSE_PARAMETERS:
+        if factors is not None:
+            return Preconditioner.from_eigenpairs(**factors)
+        made = Preconditioner(hessian().dense())
+        kept.put(name, {"values": made.values, "vectors": made.vectors})
+        return made
+    if factors is None:
+        sketch = hessian().preconditioner()
+        if sketch is None:
+            return None
+        factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
+        kept.put(name, factors)
+    return _Sketched(Sketch(**factors))
+
+
+class _Sketched:
+    """The sketch's P⁻¹ = S Sᵀ on rows."""
+
+    def __init__(self, sketch: Sketch) -> None:
+        self._sketch = sketch
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._sketch.root(self._sketch.root_transposed(rows.T)).T
 
 
 def _double(test: Batch, device: torch.device) -> Batch:
@@ -504,31 +474,47 @@ def _double(test: Batch, device: torch.device) -> Batch:
     return inputs, targets
 
 
-def _check_arguments(
-    pretrain: Stage,
-    removals: Sequence[Sequence[int]],
-    alpha: float | None,
-    fraction: float,
-    tol: float,
-) -> None:
+def _check_settings(alpha: float | None, fraction: float, tol: float) -> None:
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be positive (or None for case 1), not {alpha}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
-    for number, removal in enumerate(removals):
-        if not hasattr(removal, "__len__") or getattr(removal, "ndim", 1) != 1:
-            raise TypeError(
-                "removals must be sets of indices, one a retraining; for leave-one-out give "
-                "[[0], [1], ...]"
+
+
+def _indices(number: int, removal: Any, size: int) -> list[int]:
+    """One removal as indices in ascending order, a Boolean mask turned into them."""
+    if not hasattr(removal, "__len__") or getattr(removal, "ndim", 1) != 1:
+        raise TypeError(
+            "removals must be sets of indices, one a retraining; for leave-one-out give "
+            "[[0], [1], ...], for a single set or mask [removal]"
+        )
+    try:
+        chosen = torch.as_tensor(
+            removal if hasattr(removal, "dtype") else list(removal), device="cpu"
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"removal {number} must hold whole numbers: {error}") from error
+    if chosen.dtype == torch.bool:
+        if len(chosen) != size:
+            raise ValueError(
+                f"removal {number} is a mask of length {len(chosen)}, which does not fit {size} "
+                "pretraining examples"
             )
-        indices = [int(index) for index in removal]
-        if not indices:
-            raise ValueError(f"removal {number} is empty")
-        if len(set(indices)) != len(indices):
-            raise ValueError(f"removal {number} names an example twice")
-        if min(indices) < 0 or max(indices) >= pretrain.size:
-            raise ValueError(f"removal {number} names an example outside 0..{pretrain.size - 1}")
-        if len(indices) == pretrain.size:
-            raise ValueError(f"removal {number} leaves no pretraining example")
+        chosen = chosen.nonzero()[:, 0]
+    if not chosen.numel():
+        raise ValueError(f"removal {number} is empty")
+    if chosen.is_floating_point() or chosen.is_complex() or chosen.dim() != 1:
+        raise TypeError(f"removal {number} must hold whole numbers (or be a Boolean mask)")
+    indices = sorted(chosen.tolist())
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"removal {number} names an example twice")
+    if indices[0] < 0 or indices[-1] >= size:
+        raise ValueError(
+            f"removal {number} names an example outside 0..{size - 1}"
+            + ("; indices count from 0, negative ones mean nothing here" if indices[0] < 0 else "")
+        )
+    if len(indices) == size:
+        raise ValueError(f"removal {number} leaves no pretraining example")
+    return indices

@@ -299,7 +299,10 @@ def test_the_stages_are_left_as_they_were(convex):
         ([[]], {}, "removal 0 is empty"),
         ([[0], [3, 3]], {}, "removal 1 names an example twice"),
         ([[31]], {}, r"removal 0 names an example outside 0\.\.30"),
-        ([[-1]], {}, r"removal 0 names an example outside 0\.\.30"),
+        ([[2, -1]], {}, r"removal 0 names an example outside 0\.\.30.*negative ones mean"),
+        ([[0], [True, False]], {}, "removal 1 is a mask of length 2, which does not fit 31"),
+        ([[False] * 31], {}, "removal 0 is empty"),
+        ([torch.ones(31, dtype=torch.bool)], {}, "removal 0 leaves no pretraining example"),
         ([list(range(31))], {}, "removal 0 leaves no pretraining example"),
         ([[0]], {"alpha": 0.0}, r"alpha must be positive \(or None for case 1\), not 0"),
         ([[0]], {"alpha": float("nan")}, "alpha must be positive"),
@@ -308,6 +311,8 @@ def test_the_stages_are_left_as_they_were(convex):
         ([[0]], {"fraction": 1.1}, "fraction must lie above 0"),
         ([[0]], {"models_at_once": 0}, "must be at least 1"),
         ([[0]], {"max_evaluations": 0}, "must be at least 1"),
+        ([[0]], {"threads": 0}, "threads must be at least 1"),
+        ([[0]], {"jobs": 0}, "jobs must not be 0"),
     ],
 )
 def test_arguments_of_retraining(convex, removals, settings, message):
@@ -322,6 +327,21 @@ def test_removals_must_be_sets(convex):
             retrain_without(*convex.stages(), flat, convex.test_data, **QUIET)
     rows = retrain_without(*convex.stages(), torch.tensor([[0], [1]]), convex.test_data, **QUIET)
     assert rows.losses.shape == (2, 6)
+    mask = np.arange(31) == 3
+    with pytest.raises(TypeError, match=r"for a single set or mask \[removal\]"):
+        retrain_without(*convex.stages(), mask, convex.test_data, **QUIET)
+    for odd in ([0.0, 1.0], [0.5], ["0"], [1j], [None], [[0]]):
+        with pytest.raises(TypeError, match="removal 1 must hold whole numbers"):
+            retrain_without(*convex.stages(), [[0], odd], convex.test_data, **QUIET)
+
+
+def test_a_mask_is_the_set_of_its_indices(convex):
+    mask = torch.zeros(31, dtype=torch.bool)
+    mask[[3, 9, 11]] = True
+    forms = [mask, mask.numpy(), mask.tolist(), {9, 3, 11}, (11, 3, 9), np.array([3, 9, 11])]
+    found = retrain_without(*convex.stages(), forms, convex.test_data, tol=1e-11, **QUIET)
+    for row in found.losses[1:]:
+        assert torch.allclose(row, found.losses[0], rtol=0, atol=1e-12)
 
 
 def test_retraining_refuses_other_stages_and_test_data(convex, mlp):
@@ -368,3 +388,10 @@ def test_recurrent_models_are_retrained_one_after_the_other(alpha: float | None)
     )
     assert result.converged.all() and result.converged_before
     assert result.losses.shape == (2, 4) and (result.change != 0).all()
+
+
+def test_a_stage_read_in_part_is_refused(mlp: Problem):
+    """As sharded ones are: a sum over a share would pass for the sum over all."""
+    first, second = mlp.stages()
+    with pytest.raises(ValueError, match=r"whole stages, not sharded ones.*jobs="):
+        retrain_without(first.section(range(3)), second, [[0]], mlp.test_data)

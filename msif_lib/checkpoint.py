@@ -1,0 +1,108 @@
+"""Results kept in a folder as they come, each under a digest of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msif_lib.fingerprint import fingerprint
+from msif_lib.stage import Stage
+
+
+class Checkpoint:
+    """Tensors by name in the files of a folder, each file written whole or not at all.
+
+    A file is what `torch.save` writes, followed by its SHA-256, since `torch.load` does not
+    notice a damaged tensor.
+
+    Parameters
+    ----------
+    folder
+        Where the files are; made if need be. None: nothing is kept and nothing is found.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """What was put under this name; None where there is nothing or the file is damaged."""
+        if self.folder is None:
+            return None
+        try:
+            written = (self.folder / f"{name}.pt").read_bytes()
+        except FileNotFoundError:
+            return None
+        content, check = written[:-32], written[-32:]
+        if hashlib.sha256(content).digest() != check:
+            return None
+        return torch.load(io.BytesIO(content), weights_only=True)
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors under a name: written to a file of their own, then moved into place."""
+        if self.folder is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        content = buffer.getbuffer()
+        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.write(hashlib.sha256(content).digest())
+            os.replace(temporary, self.folder / f"{name}.pt")
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def stage_fingerprint(stage: Stage) -> str:
+    """Digest of a stage: its data and parameters, and what its model and regularizer return.
+
+    Code has no digest that survives a new session, so modules, loss and regularizer are known
+    by their values, to six digits: at the parameters and at a point beside them, of all examples.
+
+    Parameters
+    ----------
+    stage
+        A stage with its data in memory.
+
+    Returns
+    -------
+    str
+        SHA-256 in hexadecimal.
+    """
+    theta = stage.vector()
+    noise = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = []
+    with torch.no_grad():
+        for at in (theta, theta + 0.1 * noise.to(theta)):
+            w, h = stage.split(at)
+            losses = torch.cat([stage.losses(w, h, *batch) for batch in stage.batches()])
+            values += [_rounded(losses), _rounded(stage.regularization(w, h))]
+    settings = str(stage.device), stage.embedding_size, stage.chunk_size, stage.l2
+    return fingerprint(software(), settings, theta, stage.examples.tensors(), values)
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """To a millionth of the largest or so: the last bits vary with the alignment in memory."""
+    exponent = math.frexp(float(values.abs().max()))[1]
+    step = 2.0 ** (exponent - 20)
+    return torch.round(values / step) * step + 0.0  # no −0
+
+
+@cache
+def software() -> str:
+    """Digest of this library's code and of the version of torch."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return fingerprint(version("torch"), [(file.name, file.read_bytes()) for file in files])

@@ -1,0 +1,213 @@
+"""Many smooth functions minimised at once: preconditioned L-BFGS, one row a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Values ``(R,)`` and gradients ``(R, p)`` of R objectives at R parameter vectors ``(R, p)``;
+#: the second argument says which of them are asked for.
+BatchedObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+#: Maps rows ``(r, p)`` to H₀⁻¹ rows, with H₀ ≻ 0 near the Hessian.
+RowPreconditioner = Callable[[Tensor], Tensor]
+
+# A warm start that has not converged after this many evaluations has left the region where the
+# Hessian at the start is of use.
+_PRECONDITIONED = 50
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """Where :func:`minimise` ended, for R objectives.
+
+    Attributes
+    ----------
+    x
+        Parameter vectors ``(R, p)``.
+    gradient_norms
+        ``(R,)``.
+    converged
+        Whether each gradient norm is within the tolerance, ``(R,)``.
+    evaluations
+        Evaluations of value and gradient of each objective, ``(R,)``.
+    """
+
+    x: Tensor
+    gradient_norms: Tensor
+    converged: Tensor
+    evaluations: Tensor
+
+
+class Preconditioner:
+    """The inverse of a dense symmetric H in absolute value: a Newton step, always descending.
+
+    Parameters
+    ----------
+    matrix
+        H, ``(p, p)``.
+    floor
+        Eigenvalues are taken in absolute value and not below this share of the largest.
+
+    Attributes
+    ----------
+    values, vectors
+        The eigenvalues so taken ``(p,)`` and the eigenvectors, columns of ``(p, p)``.
+    """
+
+    def __init__(self, matrix: Tensor, floor: float = 1e-10) -> None:
+        values, self.vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        self.values = values.abs().clamp_min(floor * float(values.abs().max()))
+
+    @classmethod
+    def from_eigenpairs(cls, values: Tensor, vectors: Tensor) -> Preconditioner:
+        """The same without a factorisation: `values` ``(p,)`` positive, `vectors` ``(p, p)``."""
+        made = cls.__new__(cls)
+        made.values, made.vectors = values, vectors
+        return made
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """H⁻¹, its eigenvalues in absolute value, applied to each row of ``(R, p)``."""
+        return (rows @ self.vectors / self.values) @ self.vectors.T
+
+
+def minimise(
+    objective: BatchedObjective,
+    start: Tensor,
+    tol: float,
+    preconditioner: RowPreconditioner | None = None,
+    max_evaluations: int = 500,
+    memory: int = 20,
+) -> Minimum:
+    """Minimise R smooth functions at once by preconditioned L-BFGS.
+
+    Nocedal & Wright (2006), algorithms 7.4 and 7.5, with backtracking (Armijo), all objectives
+    in step; those that have converged are no longer evaluated.
+
+    Parameters
+    ----------
+    objective
+        ``objective(x, which)`` with x ``(r, p)`` and `which` ``(r,)``, the numbers of the
+        objectives asked for; returns values ``(r,)`` and gradients ``(r, p)``.
+    start
+        Where to begin, ``(R, p)``.
+    tol
+        Euclidean norm of the gradient to be reached.
+    preconditioner
+        Maps rows ``(r, p)`` to H₀⁻¹ rows, with H₀ ≻ 0 near the Hessian, each row by itself. None:
+        a multiple of the identity, set from the last step.
+    max_evaluations
+        Evaluations allowed for each objective.
+    memory
+        Pairs of steps and gradient differences kept.
+
+    Returns
+    -------
+    Minimum
+        Where each objective ended, and whether it converged.
+
+    Raises
+    ------
+    FloatingPointError
+        A value or gradient at `start` is not finite.
+    """
+    count = len(start)
+    x = start.clone()
+    which = torch.arange(count, device=x.device)
+    value, gradient = objective(x, which)
+    if not (value.isfinite().all() and gradient.isfinite().all()):
+        raise FloatingPointError("the objective or its gradient is not finite at the start")
+    evaluations = torch.ones(count, dtype=torch.long, device=x.device)
+    step = torch.ones(count, dtype=x.dtype, device=x.device)
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    noise = 10 * torch.finfo(x.dtype).eps
+
+    def direction(gradient: Tensor) -> Tensor:
+        """−H_k ∇, by the two-loop recursion over the pairs (s, y, 1/yᵀs)."""
+        q, coefficients = gradient, []
+        for s, y, rho in reversed(pairs):
+            a = rho * (s * q).sum(1)
+            q = q - a[:, None] * y
+            coefficients.append(a)
+        if preconditioner is not None:
+            r = preconditioner(q)
+        else:
+            r = scale[:, None] * q
+        for (s, y, rho), a in zip(pairs, reversed(coefficients), strict=True):
+            r = r + (a - rho * (y * r).sum(1))[:, None] * s
+        return -r
+
+    # Without a preconditioner the first step has length one at most.
+    scale = 1 / gradient.norm(dim=1).clamp_min(1.0)
+    d = direction(gradient)
+    while True:
+        open_ = (gradient.norm(dim=1) > tol) & (evaluations < max_evaluations)
+        # A step that has shrunk to nothing has met the limit of the arithmetic.
+        open_ &= step > 1e-12
+        if not open_.any():
+            break
+        which = open_.nonzero()[:, 0]
+        trial = x[which] + step[which, None] * d[which]
+        new_value, new_gradient = objective(trial, which)
+        evaluations[which] += 1
+        slope = (gradient[which] * d[which]).sum(1)
+        allowed = value[which] + 1e-4 * step[which] * slope + noise * value[which].abs()
+        accepted = new_value <= allowed
+        taken = which[accepted]
+        step[which[~accepted]] *= 0.5
+
+        s, y = torch.zeros_like(x), torch.zeros_like(x)
+        s[taken] = trial[accepted] - x[taken]
+        y[taken] = new_gradient[accepted] - gradient[taken]
+        curvature = (s * y).sum(1)
+        useful = curvature > noise * s.norm(dim=1) * y.norm(dim=1)
+        rho = torch.where(useful, 1 / curvature, 0.0)
+        pairs = [*pairs, (s, y, rho)][-memory:]
+        scale = torch.where(useful, curvature / (y * y).sum(1), scale)
+
+        x[taken], value[taken] = trial[accepted], new_value[accepted]
+        gradient[taken], step[taken] = new_gradient[accepted], 1.0
+        if len(taken):
+            renewed = direction(gradient)
+            d[taken] = renewed[taken]
+    norms = gradient.norm(dim=1)
+    return Minimum(x, norms, norms <= tol, evaluations)
+
+
+def minimise_near(
+    objective: BatchedObjective,
+    start: Tensor,
+    tol: float,
+    preconditioner: RowPreconditioner | None,
+    limit: int,
+) -> Minimum:
+    """Minimise, first with the Hessian at the start, then without for what went far from it.
+
+    Parameters
+    ----------
+    objective, start, tol, preconditioner
+        As for :func:`minimise`.
+    limit
+        Evaluations allowed for each objective, of both attempts together.
+
+    Returns
+    -------
+    Minimum
+        As of :func:`minimise`.
+    """
+    if preconditioner is None or limit <= _PRECONDITIONED:
+        return minimise(objective, start, tol, preconditioner, limit)
+    near = minimise(objective, start, tol, preconditioner, _PRECONDITIONED)
+    rest = (~near.converged).nonzero()[:, 0]
+    if not len(rest):
+        return near
+    far = minimise(
+        lambda x, which: objective(x, rest[which]), near.x[rest], tol, None, limit - _PRECONDITIONED
+    )
+    x, norms, evaluations = near.x.clone(), near.gradient_norms.clone(), near.evaluations.clone()
+    x[rest], norms[rest] = far.x, far.gradient_norms
+    evaluations[rest] += far.evaluations
+    return Minimum(x, norms, norms <= tol, evaluations)
