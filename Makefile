@@ -4,6 +4,7 @@ PROFILE ?= default
 JOBS    ?= 2
 PYTHON  ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv/bin
 # Idle OpenMP threads sleep instead of spinning: two busy processes otherwise starve each other.
@@ -15,19 +16,22 @@ find_python = for python in $(PYTHON) python3.11 python3 python3.12 python3.13; 
 		echo "$$python"; exit; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book experiments test lint format clean distclean
+.PHONY: help venv book experiments test lint format bench clean distclean
 
 help: ## list these targets
 	@echo "make TARGET [PROFILE=default|smoke|paper] [JOBS=2] [PYTHON=python3.11]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
-venv: ## make .venv with everything installed (the other targets do it themselves)
-	@python=$$($(find_python)); \
+# make_venv.py with the arguments that follow.
+make_venv = python=$$($(find_python)); \
 	if [ -z "$$python" ]; then \
 		echo "error: no Python >= 3.11 found; install one or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi; \
 	"$$python" tools/make_venv.py
+
+venv: ## make .venv with everything installed (the other targets do it themselves)
+	@$(make_venv)
 
 book: venv ## execute the notebooks that changed and render the book
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
@@ -48,8 +52,13 @@ format: venv ## put the code into the project's format
 	$(VENV)/ruff check --quiet --fix .
 	$(VENV)/ruff format --quiet .
 
-clean: ## remove everything that `make book` and `make test` made, except .venv
+bench: ## time this library and its peers, in .venv-bench (BENCH_ARGS='--help' to choose)
+	@$(make_venv) --name .venv-bench --constraints benchmarks/constraints.txt \
+		--requirements benchmarks/requirements.txt
+	@.venv-bench/bin/python -m benchmarks $(BENCH_ARGS)
+
+clean: ## remove everything that `make book` and `make test` made, except the environments
 	rm -rf build book/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
-distclean: clean ## remove .venv as well
-	rm -rf .venv .venv.lock
+distclean: clean ## remove the environments as well
+	rm -rf .venv .venv.lock .venv-bench .venv-bench.lock

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import tempfile
 from functools import cache
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msif_lib.fingerprint import fingerprint
+from msif_lib.fingerprint import fingerprint, rounded
 from msif_lib.stage import Stage
 
 
@@ -89,16 +88,9 @@ def stage_fingerprint(stage: Stage) -> str:
         for at in (theta, theta + 0.1 * noise.to(theta)):
             w, h = stage.split(at)
             losses = torch.cat([stage.losses(w, h, *batch) for batch in stage.batches()])
-            values += [_rounded(losses), _rounded(stage.regularization(w, h))]
+            values += [rounded(losses), rounded(stage.regularization(w, h))]
     settings = str(stage.device), stage.embedding_size, stage.chunk_size, stage.l2
     return fingerprint(software(), settings, theta, stage.examples.tensors(), values)
-
-
-def _rounded(values: Tensor) -> Tensor:
-    """To a millionth of the largest or so: the last bits vary with the alignment in memory."""
-    exponent = math.frexp(float(values.abs().max()))[1]
-    step = 2.0 ** (exponent - 20)
-    return torch.round(values / step) * step + 0.0  # no −0
 
 
 @cache

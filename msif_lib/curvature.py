@@ -13,7 +13,7 @@ where J_i is the Jacobian of the model's outputs and ℓ'' the Hessian of the lo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from contextlib import contextmanager
 
 import numpy as np
 import scipy.sparse.linalg
@@ -23,15 +23,26 @@ from torch.func import grad, jvp, vjp
 
 from msif_lib.data import Batch
 from msif_lib.functional import explain_missing_derivatives, require_second_derivatives
-from msif_lib.preconditioner import FEWEST_ROWS, MOST_ROWS, Preconditioner, gauss_newton_rows
+from msif_lib.preconditioner import (
+    FEWEST_ROWS,
+    MOST_ROWS,
+    Block,
+    Preconditioner,
+    gauss_newton_rows,
+)
 from msif_lib.stage import Stage
-
-Block = Literal["joint", "embedding", "head"]
 
 # Columns of the identity multiplied at once by dense().
 _DENSE_COLUMNS = 64
 # Bytes of a preconditioner's rows.
 _PRECONDITIONER_MEMORY = 2**28
+
+
+@contextmanager
+def _differentiating() -> Iterator[None]:
+    """Record graphs, whatever the caller has switched off: without them terms would be missing."""
+    with torch.inference_mode(False), torch.enable_grad(), explain_missing_derivatives():
+        yield
 
 
 class LinearOperator:
@@ -86,7 +97,7 @@ class LinearOperator:
                 f"operator is {self.dtype} on {self.device}, the vector {x.dtype} on {x.device}"
             )
         columns = x[:, None] if x.dim() == 1 else x
-        with explain_missing_derivatives():
+        with _differentiating():
             product = self._product(columns.detach())
         return product[:, 0] if x.dim() == 1 else product
 
@@ -139,25 +150,30 @@ class _SecondDerivative(LinearOperator):
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
-        w, h = at or (stage.embedding_vector(), stage.head_vector())
+        self._kept: list[Tensor | None] = []
+        self._all_kept = False
+        if memory_budget is None:
+            memory_budget = 2**30 if self.device.type == "cpu" else 2**33
+        with _differentiating():
+            self._choose_leaves(at or (stage.embedding_vector(), stage.head_vector()))
+            if memory_budget:
+                self._record(memory_budget)
+        self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
+
+    def _choose_leaves(self, at: tuple[Tensor, Tensor]) -> None:
+        """The parameters as leaves of the graphs: those that rows and columns stand for."""
+        (w, h), (rows, columns) = at, self._blocks
         # The graphs lead back to these leaves alone: where only the head is asked for, the
         # embedding is evaluated once, as a constant.
         if rows == "joint":
             theta = torch.cat([w, h]).detach().requires_grad_()
-            self._w, self._h = stage.split(theta)
+            self._w, self._h = self.stage.split(theta)
             leaf = {"joint": theta}
         else:
             self._w = w.detach().requires_grad_("embedding" in (rows, columns))
             self._h = h.detach().requires_grad_("head" in (rows, columns))
             leaf = {"embedding": self._w, "head": self._h}
         self._row_leaf, self._column_leaf = leaf[rows], leaf[columns]
-        self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
-        self._kept: list[Tensor | None] = []
-        self._all_kept = False
-        if memory_budget is None:
-            memory_budget = 2**30 if self.device.type == "cpu" else 2**33
-        with explain_missing_derivatives():
-            self._record(memory_budget)
 
     @property
     def T(self) -> LinearOperator:
@@ -191,8 +207,13 @@ class _SecondDerivative(LinearOperator):
             return tensor.detach()  # the tensor itself would close a cycle that is never freed
 
         for batch in self.stage.batches():
-            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                gradient = self._batch_gradient(batch)
+            try:
+                with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                    gradient = self._batch_gradient(batch)
+            except RuntimeError as error:
+                if "saved tensor hooks" in str(error):  # torch.func within the model: not counted
+                    return
+                raise
             if sum(used.values()) > memory_budget:
                 return
             self._kept.append(gradient)
@@ -284,19 +305,13 @@ class Hessian(_SecondDerivative):
 
     def preconditioner_with(self, diagonal: Tensor) -> Preconditioner | None:
         """P = diag(`diagonal`) + RᵀR, the diagonal with its share of weight decay."""
-        theta = torch.cat([self._w, self._h]).detach()
-        room = _PRECONDITIONER_MEMORY // (theta.numel() * theta.element_size())
-        if room < FEWEST_ROWS:
+        room = _PRECONDITIONER_MEMORY // diagonal.nbytes
+        if room < FEWEST_ROWS or self.dtype.itemsize < 4:
             return None
-        try:
-            rows = gauss_newton_rows(self.stage, theta, min(MOST_ROWS, room))
-        except RuntimeError:  # the model cannot be vmapped (recurrent layers, say)
-            return None
-        if rows is None:
-            return None
-        of_w, of_h = rows[:, : len(self._w)], rows[:, len(self._w) :]
-        rows = {"joint": rows, "embedding": of_w, "head": of_h}[self._block]
-        return Preconditioner.from_rows(rows, diagonal)
+        at = self._w.detach(), self._h.detach()
+        with _differentiating():
+            rows = gauss_newton_rows(self.stage, at, min(MOST_ROWS, room), self._block)
+        return None if rows is None else Preconditioner.from_rows(rows, diagonal)
 
 
 class CrossHessian(_SecondDerivative):

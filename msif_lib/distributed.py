@@ -162,8 +162,8 @@ class _ShardedStage(Stage):
         refusal = ""
         try:
             super()._check_data()
-        except (ValueError, TypeError) as error:
-            refusal = str(error)
+        except Exception as error:  # whatever it is, the others must hear of it
+            refusal = str(error) or repr(error)
         for said in self._all_said(refusal):
             if said:
                 raise ValueError(said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 
@@ -34,3 +35,10 @@ def _flatten(part: object) -> Iterator[object]:
             yield from _flatten(one)
     else:
         yield part
+
+
+def rounded(values: Tensor) -> Tensor:
+    """To a millionth of the largest or so: the last bits vary with the alignment in memory."""
+    exponent = math.frexp(float(values.abs().max()))[1]
+    step = 2.0 ** (exponent - 20)
+    return torch.round(values / step) * step + 0.0  # no −0

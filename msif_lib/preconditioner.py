@@ -16,15 +16,20 @@ P is positive definite whether the Hessian is or not, so MINRES may use it on bo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import hessian, vjp, vmap
 
-from msif_lib.data import Batch, Nested, map_leaves
+from msif_lib.data import Batch, Nested, leaves, map_leaves
 from msif_lib.stage import Stage
+
+Block = Literal["joint", "embedding", "head"]
 
 # Rows taken at most, since factorising r of them costs r³; fewer than the fewest would not pay.
 MOST_ROWS, FEWEST_ROWS = 1024, 16
@@ -96,81 +101,110 @@ class Preconditioner:
         return columns + self.vectors @ (self.shrink[:, None] * (self.vectors.T @ columns))
 
 
-def gauss_newton_rows(stage: Stage, theta: Tensor, rows: int) -> Tensor | None:
+def gauss_newton_rows(
+    stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block = "joint"
+) -> Tensor | None:
     """The leading rows of the Gauss-Newton matrix's root, scaled to the trace of all of them.
+
+    Where the data are shared out among processes, each looks at all of these examples by itself.
 
     Parameters
     ----------
     stage
         The stage.
-    theta
-        Parameters ``(p_W + p_U,)`` at which the matrix is taken.
+    at
+        W ``(p_W,)`` and U ``(p_U,)``, at which the matrix is taken.
     rows
         Rows wanted, r; fewer where there are fewer modes.
+    block
+        The parameters that J differentiates by: both, those of the embedding or of the head.
 
     Returns
     -------
     Tensor or None
-        R ``(r, p_W + p_U)`` with RᵀR ≈ (1/N) Σ J_iᵀ ℓ''_i J_i; None where the outputs of the
-        model are not one tensor of at most 128 numbers an example, or the loss has no curvature
-        in them.
+        R ``(r, p)`` with RᵀR ≈ (1/N) Σ J_iᵀ ℓ''_i J_i. None where there is none: the outputs of
+        the model are not one tensor, with at most 128 numbers for each example, or the loss has
+        no curvature in them, or they cannot be vectorised.
     """
-    first = next(stage.examples.batches(1, range(1)))
-    with torch.no_grad():
-        size = _output_size(stage, theta, map_leaves(lambda leaf: leaf.to(stage.device), first))
-    if not 0 < size <= _LARGEST_OUTPUT:
+    try:
+        return _rows(stage, at, rows, block)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError):  # what vmap says, or a strange shape
         return None
+
+
+def _rows(stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block) -> Tensor | None:
     looked_at = range(0, stage.size, -(-stage.size // _EXAMPLES))
-    part = stage.section(looked_at)
-    squares = (_modes(stage, theta, batch).pow(2).sum(2) for batch in part.batches())
-    masses = part.gather(squares, size).flatten()
-    # Ties, as all modes of a squared error are, are broken by chance: the data may be sorted.
-    chance = torch.Generator(masses.device).manual_seed(0)
-    jitter = torch.rand(masses.shape, generator=chance, dtype=masses.dtype, device=masses.device)
-    chosen = (masses * (1 + 1e-3 * jitter)).topk(min(rows, len(masses))).indices.sort().values
-    share = float(masses[chosen].sum() / masses.sum())
+    batches = _batches(stage, looked_at)
+    trace = torch.cat([_curvature(stage, at, batch).diagonal(0, 1, 2).sum(1) for batch in batches])
+    trace = trace.clamp_min(0)
+    # The examples of largest curvature, and of those the largest modes. Ties, as all examples of a
+    # squared error are, are broken by chance: the data may be sorted.
+    chance = torch.Generator(trace.device).manual_seed(0)
+    jitter = torch.rand(trace.shape, generator=chance, dtype=trace.dtype, device=trace.device)
+    leading = (trace * (1 + 1e-3 * jitter)).topk(min(rows, len(trace))).indices.sort().values
+    examples = [looked_at[number] for number in leading.tolist()]
+    modes = torch.cat([_modes(stage, at, batch) for batch in _batches(stage, examples)])
+    mass = modes.pow(2).sum(2).flatten()
+    chosen = mass.topk(min(rows, len(mass))).indices.sort().values
+    share = float(mass[chosen].sum() / trace.sum())
     if not share > 0:  # nor where it is not a number
         return None
-    examples, modes = chosen // size * looked_at.step, chosen % size
+    modes, owners = modes.flatten(0, 1)[chosen], chosen // modes.shape[1]
+
+    w, h = (part.detach() for part in at)
+    variables = {"joint": (w, h), "embedding": (w,), "head": (h,)}[block]
+
+    def outputs(inputs: Nested, *variables: Tensor) -> Tensor:
+        of_w = w if block == "head" else variables[0]
+        of_h = h if block == "embedding" else variables[-1]
+        return stage.outputs(of_w, of_h, inputs)
 
     def row(mode: Tensor, inputs: Nested) -> Tensor:
         one = map_leaves(lambda leaf: leaf[None], inputs)
-        outputs, pull_back = vjp(lambda at: stage.outputs(*stage.split(at), one), theta)[:2]
-        return pull_back(mode.view(outputs.shape))[0]
+        value, pull_back = vjp(partial(outputs, one), *variables)[:2]
+        return torch.cat(pull_back(mode.view(value.shape)))
 
-    read = examples.unique()
-    part = stage.section(read.tolist())
-    result = theta.new_zeros(len(chosen), len(theta))
-    read = torch.as_tensor(part.share, device=stage.device)
-    start = 0
-    for batch in part.batches():
-        roots = _modes(stage, theta, batch)
-        here = read[start : start + len(roots)]
-        start += len(roots)
-        wanted = torch.isin(examples, here).nonzero()[:, 0]
-        for some in wanted.split(stage.gradients_at_once):
-            which = torch.searchsorted(here, examples[some])
-            inputs = map_leaves(itemgetter(which), batch[0])
-            result[some] = vmap(row)(roots[which, modes[some]], inputs)
-    return stage.all_reduce(result) / (len(looked_at) * share) ** 0.5
+    parts, start = [], 0
+    for inputs, targets in _batches(stage, examples):
+        count = len(leaves(targets)[0])
+        here = ((owners >= start) & (owners < start + count)).nonzero()[:, 0]
+        for some in here.split(stage.gradients_at_once):
+            these = map_leaves(itemgetter(owners[some] - start), inputs)
+            parts.append(vmap(row)(modes[some], these))
+        start += count
+    return torch.cat(parts) / (len(looked_at) * share) ** 0.5
 
 
-def _output_size(stage: Stage, theta: Tensor, batch: Batch) -> int:
-    """Numbers in the model's output for one example; 0 where that is not one tensor."""
-    outputs = stage.outputs(*stage.split(theta), batch[0])
-    return outputs.numel() if isinstance(outputs, Tensor) else 0
+def _batches(stage: Stage, indices: Sequence[int]) -> Iterator[Batch]:
+    for inputs, targets in stage.examples.batches(stage.chunk_size, indices):
+        yield (
+            map_leaves(lambda leaf: leaf.to(stage.device), inputs),
+            map_leaves(lambda leaf: leaf.to(stage.device), targets),
+        )
 
 
-def _modes(stage: Stage, theta: Tensor, batch: Batch) -> Tensor:
-    """The u_ic of a batch, ``(b, K, K)``: ℓ''_i = Σ_c u_ic u_icᵀ for outputs of K numbers."""
+def _curvature(stage: Stage, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    """The Hessians ℓ'' of a batch of losses in the K outputs of each example, ``(b, K, K)``."""
     inputs, targets = batch
     with torch.no_grad():
-        outputs = stage.outputs(*stage.split(theta), inputs)
+        outputs = stage.outputs(*at, inputs)
+    count = len(leaves(targets)[0])
+    if not isinstance(outputs, Tensor) or len(outputs) != count:
+        raise ValueError("the outputs are not one tensor with the examples as first dimension")
+    flat = outputs.reshape(count, -1)
+    if flat.shape[1] > _LARGEST_OUTPUT:
+        raise ValueError("the outputs of an example are too many")
 
     def loss(output: Tensor, target: Nested) -> Tensor:
         one = map_leaves(lambda leaf: leaf[None], target)
         return stage.loss(output.view(1, *outputs.shape[1:]), one)[0]
 
-    curvature = vmap(hessian(loss))(outputs.flatten(1), targets).detach()
-    values, vectors = torch.linalg.eigh(curvature)
+    return vmap(hessian(loss))(flat, targets).detach()
+
+
+def _modes(stage: Stage, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    """The u_ic of a batch, ``(b, K, K)``: ℓ''_i = Σ_c u_ic u_icᵀ for outputs of K numbers."""
+    values, vectors = torch.linalg.eigh(_curvature(stage, at, batch))
     return vectors.mT * values.clamp_min(0).sqrt()[:, :, None]

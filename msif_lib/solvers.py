@@ -210,6 +210,9 @@ class _State:
 # A Krylov run ends when its recurrence promises a residual this much smaller than the true one,
 # which is measured every so many iterations.
 _DRIFT, _DRIFT_EVERY = 10.0, 100
+# A residual above this is reached before a preconditioner would be ready (and half precision, whose
+# default it is, is none that one could be factorised in).
+_ROUGH = 5e-3
 
 # (product with the matrix, right-hand sides, residual norms to be reached, what is known of ‖A‖
 # from earlier runs) -> iterates.
@@ -291,7 +294,7 @@ def _minimal_residual(
     and a QR factorisation of this block tridiagonal matrix gives the x of least residual
     ‖Sᵀ(b − A x)‖ in the span of S V_1, ..., S V_k, for all right-hand sides at once:
 
-        D_k = (S V_k − D_{k−1} δ_k − D_{k−2} ε_k) γ_k⁻¹,       x += D_k τ_k.
+        D_k = (V_k − D_{k−1} δ_k − D_{k−2} ε_k) γ_k⁻¹,         x += S D_k τ_k.
 
     A is nowhere required to be definite. Blocks shrink where the right-hand sides have less than
     k independent directions left. Rounding would let the V lose their orthogonality, and with it
@@ -340,14 +343,14 @@ def _minimal_residual(
         rows = q_1.T @ torch.cat([rest, alpha])
         delta, gamma = rows.split([d_1.shape[1], len(rows) - d_1.shape[1]])
         q_2, (q_1, r) = q_1, torch.linalg.qr(torch.cat([gamma, beta_new]), mode="complete")
-        r = r[: len(alpha)]
-        if float(torch.linalg.svdvals(r)[-1]) <= rounding * size:
-            yield _State(x, norms, negative, size)
-            return
-        # With a preconditioner φ is not the norm of the residual, so A D is carried along with D.
-        new = torch.cat([z, az]) if preconditioner else z
-        new = new - d_1 @ delta - d_2 @ epsilon
-        d_1, d_2 = torch.linalg.solve_triangular(r, new, upper=True, left=False), d_1
+        # γ_k⁻¹ by its singular values: where one is zero to rounding there is a null vector, and
+        # what the other directions give is taken before the run ends.
+        left, values, right = torch.linalg.svd(r[: len(alpha)])
+        good = values > rounding * size
+        inverse = (right[good].T / values[good]) @ left[:, good].T
+        # With a preconditioner φ is not the norm of the residual, so A S D is carried along with D.
+        d = torch.cat([v, az]) if preconditioner else v
+        d_1, d_2 = (d - d_1 @ delta - d_2 @ epsilon) @ inverse, d_1
         if rounding * size * float(d_1[: len(b)].norm(dim=0).max()) > 1:
             yield _State(x, norms, negative, size)
             return
@@ -356,6 +359,11 @@ def _minimal_residual(
         moved = moved + d_1 @ tau
         x, ax = moved.split([len(b), len(moved) - len(b)])
         norms = (b - ax if preconditioner else phi).norm(dim=0)
+        if preconditioner:
+            x = preconditioner.root(x)
+        if not good.all():
+            yield _State(x, norms, negative, size)
+            return
         v_old, v, beta = v, v_new, beta_new
         yield _State(x, norms, negative, size)
 
@@ -367,10 +375,11 @@ class _Krylov(Solver):
     Attributes
     ----------
     tol
-        Relative residual ‖b − (A + λI) x‖ ≤ tol ‖b‖ asked for. None: 1e-8 in float64 and 1e-4
-        in float32, about what each can reach on the Hessian of a trained network.
+        Relative residual ‖b − (A + λI) x‖ ≤ tol ‖b‖ asked for. None: 1e-8 in float64, 1e-4
+        in float32 and 1e-2 in half precision, about what each can reach on the Hessian of a trained
+        network.
     max_iterations
-        Iterations allowed in all. None: twice the size, at least 1,000 and at most 10,000.
+        Iterations allowed for a right-hand side. None: twice the size, at least 1,000 and at most 10,000.
     """
 
     tol: float | None = None
@@ -395,7 +404,10 @@ class _Krylov(Solver):
 
         `definite` says that the method needs a positive definite matrix.
         """
-        tol = self.tol or (1e-8 if b.dtype == torch.float64 else 1e-4)
+        tol = self._tolerance(b.dtype)
+        asked = b.dtype
+        if asked.itemsize < 4:  # the products in half precision, the recurrences in single
+            b = b.float()
         limit = self.max_iterations or min(max(1000, 2 * b.shape[0]), 10_000)
         history: list[float] = []
         products = 0
@@ -404,10 +416,11 @@ class _Krylov(Solver):
         def counted(columns: Tensor) -> Tensor:
             nonlocal products
             products += columns.shape[1]
-            return _checked(apply(columns))
+            return _checked(apply(columns.to(asked))).to(b.dtype)
 
         x, residual, target = torch.zeros_like(b), b, tol * b.norm(dim=0)
         norms = b.norm(dim=0)
+        iterations = torch.zeros(b.shape[1], dtype=torch.long)
 
         def measure(trial: Tensor, columns: Tensor) -> Tensor:
             """The true residual norms of an iterate, which is kept where it is the best yet."""
@@ -435,9 +448,10 @@ class _Krylov(Solver):
                     negative |= bool(state.negative.any())
                     promised[columns] = state.norms
                     history.append(float(_relative(promised[None], b).max()))
+                    iterations[columns.cpu()] += 1
                     bar.set_postfix(residual=f"{history[-1]:.1e}", refresh=False)
                     bar.update()
-                    if len(history) >= limit:
+                    if int(iterations[columns.cpu()].max()) >= limit:
                         break
                     if len(history) % _DRIFT_EVERY == 0:
                         expected = torch.maximum(state.norms, wanted)
@@ -449,17 +463,18 @@ class _Krylov(Solver):
             # block of right-hand sides gets no further, each goes on by itself.
             together = b.shape[1] > 1
             worst, before = _worst(norms, b), torch.inf
-            while worst > tol and len(history) < limit and not (definite and negative):
+            while worst > tol and not (definite and negative):
                 if worst > 0.5 * before:
                     if not together:
                         break
                     together, before = False, torch.inf
                     continue
                 before = worst
-                left = (norms > target).nonzero()[:, 0]
+                left = ((norms > target).cpu() & (iterations < limit)).nonzero()[:, 0].to(b.device)
+                if not len(left):
+                    break
                 for columns in [left] if together else left.split(1):
-                    if len(history) < limit:
-                        run(columns)
+                    run(columns)
                 worst = _worst(norms, b)
         broken = definite and negative and worst > tol
         converged = worst <= tol
@@ -468,16 +483,16 @@ class _Krylov(Solver):
             message = f"{bent}; solved to the tolerance" if negative else SolveReport.message
         elif broken:
             message = (
-                f"{bent}; stopped after {len(history)} iterations with relative residual "
+                f"{bent}; stopped after {int(iterations.max())} iterations with relative residual "
                 f"{worst:.1e}. Train to a minimum, raise the damping, or use MinRes, which does "
                 "not need a definite matrix"
             )
         else:
             why = (
                 f"stopped at the limit of {limit} iterations"
-                if len(history) >= limit
+                if int(iterations.max()) >= limit
                 else "stagnated: the system is singular, or "
-                f"{str(b.dtype).removeprefix('torch.')} allows no more"
+                f"{str(asked).removeprefix('torch.')} allows no more"
             )
             message = (
                 f"{why}: relative residual {worst:.1e} where {tol:.1e} was asked for. Allow more "
@@ -487,7 +502,7 @@ class _Krylov(Solver):
             solver=type(self).__name__,
             system=self._system,
             damping=self.damping,
-            iterations=len(history),
+            iterations=int(iterations.max()),
             products=products,
             residuals=tuple(_relative(residual, b).tolist()),
             history=tuple(history),
@@ -495,7 +510,10 @@ class _Krylov(Solver):
             negative_curvature=negative,
             message=message,
         )
-        return x, report
+        return x.to(asked), report
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return self.tol or {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -557,7 +575,8 @@ class MinRes(_Krylov):
         Use the operator's preconditioner, where it has one (see :mod:`msif_lib.preconditioner`).
         Changes the number of iterations, never what is solved.
     memory
-        Bytes for basis vectors, which are kept to hold later ones orthogonal to them.
+        Bytes for basis vectors, which are kept to hold later ones orthogonal to them. Beside them
+        a solve holds about sixteen times the right-hand sides.
     """
 
     precondition: bool = True
@@ -565,7 +584,8 @@ class MinRes(_Krylov):
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         preconditioner = None
-        if self.precondition and hasattr(operator, "preconditioner"):
+        rough = self._tolerance(b.dtype) > _ROUGH
+        if self.precondition and not rough and hasattr(operator, "preconditioner"):
             preconditioner = operator.preconditioner(self.damping)
         x, report = self._run(
             partial(_minimal_residual, preconditioner=preconditioner, memory=self.memory),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -165,7 +164,8 @@ class Stage:
         self.checked = check
         self._indices: Sequence[int] = range(len(self.examples))
         self._pure_embedding, self._pure_head = PureModule(embedding), PureModule(head)
-        self._forward_mode: bool | None = None
+        # What was found out about the model, once for this stage and all its sections.
+        self._known: dict[str, Any] = {}
         self._check_modules()
         if check:
             self._check_data()
@@ -307,16 +307,26 @@ class Stage:
 
     # --- sums over the data -----------------------------------------------------------------
 
-    @cached_property
+    @property
     def chunk_size(self) -> int:
         """Examples in a batch: as many as `memory_budget` allows, at most `batch_size`."""
+        if "chunk size" not in self._known:
+            self._known["chunk size"] = self._chunk_size()
+        return self._known["chunk size"]
+
+    def _chunk_size(self) -> int:
         if self.batch_size == 1 or self.size < 2:
             return self.batch_size
         parameters = self.vector().nbytes
         on_cpu = self.device.type == "cpu"
         # A pass reads all parameters, so that it should not be for next to no examples.
         budget = self.memory_budget or max(2**26 if on_cpu else 2**31, 4 * parameters)
-        one, two = (self._graph_bytes(count) for count in (1, 2))
+        try:
+            one, two = (self._graph_bytes(count) for count in (1, 2))
+        except RuntimeError as error:
+            if "saved tensor hooks" in str(error):  # torch.func within the model: not counted
+                return self.batch_size
+            raise
         return max(1, min(self.batch_size, budget // max(1, _GRADIENT_GRAPH * (two - one))))
 
     def _graph_bytes(self, count: int) -> int:
@@ -464,12 +474,17 @@ class Stage:
             losses, derivatives = forward_ad.unpack_dual(self.losses(w, h, *batch))
             return torch.zeros_like(losses) if derivatives is None else derivatives
 
-    @cached_property
+    @property
     def has_batching_rules(self) -> bool:
         """Whether `torch.func.vmap` takes gradients of the model; tried once, on one example.
 
         Of fused recurrent layers and of models that look at values, for instance, it does not.
         """
+        if "batching rules" not in self._known:
+            self._known["batching rules"] = self._try_batching_rules()
+        return self._known["batching rules"]
+
+    def _try_batching_rules(self) -> bool:
         inputs, targets = next(self.examples.batches(1, range(1)))
         one = map_leaves(lambda leaf: leaf.to(self.device), (inputs, targets))
         try:
@@ -482,36 +497,43 @@ class Stage:
 
     @property
     def has_forward_mode(self) -> bool:
-        """Whether forward mode gives what reverse mode gives; tried once, on one example.
+        """Whether forward mode gives what reverse mode gives; tried once, on few examples.
 
         An operation may have no forward derivative; one of a user's own may even pass on zero
         without a word (``torch.library.custom_op``). Along ∇g itself the derivative is ‖∇g‖².
         """
-        if self._forward_mode is None:
-            batch = next(self.batches(), None)
-            if batch is None:
-                return True
-            one = map_leaves(itemgetter(slice(0, 1)), batch)
-            # Two leaves, not one: slices of one would be summed as vectors of full length.
-            w, h = self.embedding_vector().requires_grad_(), self.head_vector().requires_grad_()
-            with torch.enable_grad():
-                loss = self.losses(w, h, *one).sum()
-            parts = torch.autograd.grad(loss, (w, h), allow_unused=True, materialize_grads=True)
-            del w, h, loss
-            gradient = torch.cat(parts)
-            del parts
-            try:
-                forward = self._derivatives(self.vector(), gradient, one)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                self._forward_mode = False
-            else:
-                # Not a dot product: in float32 over millions of entries that has three digits.
-                expected = gradient.square_().sum()[None]
-                tolerance = torch.finfo(self.dtype).eps ** 0.5
-                self._forward_mode = torch.allclose(forward, expected, rtol=tolerance, atol=0)
-        return self._forward_mode
+        if "forward mode" not in self._known:
+            self._known["forward mode"] = self._try_forward_mode()
+        return self._known["forward mode"]
+
+    def _try_forward_mode(self) -> bool:
+        for count in (1, _PROBED):
+            first = range(min(count, self.size))
+            inputs, targets = next(self.examples.batches(min(count, self.chunk_size), first))
+            few = map_leaves(lambda leaf: leaf.to(self.device), (inputs, targets))
+            gradient = self._gradient_of(few)
+            if gradient.any():
+                break
+        try:
+            forward = self._derivatives(self.vector(), gradient, few).sum()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        # Not a dot product: in float32 over millions of entries that has three digits.
+        expected = gradient.square_().sum()
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        same = torch.allclose(forward, expected, rtol=tolerance, atol=0)
+        return same and bool(expected > 0)  # zero would prove nothing
+
+    def _gradient_of(self, batch: Batch) -> Tensor:
+        """The gradient ``(p_W + p_U,)`` of the summed loss of a batch."""
+        # Two leaves, not one: slices of one would be summed as vectors of full length.
+        w, h = self.embedding_vector().requires_grad_(), self.head_vector().requires_grad_()
+        with torch.enable_grad():
+            loss = self.losses(w, h, *batch).sum()
+        parts = torch.autograd.grad(loss, (w, h), allow_unused=True, materialize_grads=True)
+        return torch.cat(parts)
 
     # --- other stages from this one ---------------------------------------------------------
 
@@ -637,7 +659,8 @@ class Stage:
         """A data set must give the same example each time it is read."""
         if isinstance(self.data, list | tuple):
             return
-        once, again = (leaves(next(self.examples.batches(8, self.share[:8]))) for _ in range(2))
+        few = min(self.batch_size, _PROBED)
+        once, again = (leaves(next(self.examples.batches(few, self.share[:few]))) for _ in range(2))
         if not all(
             a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
             for a, b in zip(once, again, strict=True)

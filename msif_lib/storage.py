@@ -22,13 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.fingerprint import fingerprint
+from msif_lib.data import map_leaves
+from msif_lib.fingerprint import fingerprint, rounded
 from msif_lib.notices import warn_caller
 from msif_lib.solvers import SolveReport, SolverWarning
 from msif_lib.stage import Stage
 
 #: Batches scored between two writings to disk.
 _BATCHES_A_STEP = 32
+#: Examples whose losses, and which of data on disk, a stage is known by.
+_KNOWN_BY = 16
 
 
 # --- what a problem is known by ------------------------------------------------------------------
@@ -37,17 +40,28 @@ _BATCHES_A_STEP = 32
 def stage_parts(stage: Stage) -> list[Any]:
     """What a stage is known by.
 
-    Parameters and buffers, modules and loss in words, number of examples, first and last
-    example. Other examples are not read: that would cost as much as the work it could save.
+    Parameters and buffers, modules in words, l2, number of examples; of data in memory every
+    example, of other data some, for to read all would cost as much as the work it could save; and,
+    since code has no digest that survives a session, the losses of some examples and the
+    regularizer's value, at the parameters and at a point beside them.
     """
-    modules = stage.embedding, stage.head
-    ends = range(1), range(stage.size - 1, stage.size)
+    theta = stage.vector()
+    noise = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = [stage.split(at) for at in (theta, theta + 0.1 * noise.to(theta))]
+    values = [rounded(stage.regularization(w, h)) for w, h in points]
+    some = []
+    with torch.no_grad():
+        for example in stage.examples.batches(1, range(0, stage.size, -(-stage.size // _KNOWN_BY))):
+            some.append(fingerprint(example))
+            inputs, targets = map_leaves(lambda leaf: leaf.to(stage.device), example)
+            values += [rounded(stage.losses(w, h, inputs, targets)) for w, h in points]
     return [
-        stage.vector(),
-        [dict(module.named_buffers()) for module in modules],
-        [*modules, stage.loss, stage.l2, stage.regularizer],
+        theta,
+        [dict(module.named_buffers()) for module in (stage.embedding, stage.head)],
+        [stage.embedding, stage.head, stage.l2],
         stage.size,
-        [next(stage.examples.batches(1, end)) for end in ends],
+        stage.examples.tensors() if isinstance(stage.data, list | tuple) else some,
+        values,
     ]
 
 

@@ -233,3 +233,37 @@ def test_a_hessian_that_is_dropped_frees_its_graph(mlp):
     del operator
     gc.collect()
     assert freed
+
+
+@pytest.mark.parametrize("budget", [0, None])
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off_by_the_caller_change_nothing(mlp: Problem, off, budget):
+    stage = mlp.stages()[0]
+    exact = Hessian(stage).dense()
+    v = torch.ones(len(exact), 2, dtype=F64)
+    before = Hessian(stage, memory_budget=budget)
+    with off():
+        within = Hessian(stage, memory_budget=budget)
+        assert torch.allclose(before @ v, exact @ v, **CLOSE)
+        assert torch.allclose(within @ v, exact @ v, **CLOSE)
+        assert torch.allclose(GaussNewton(stage) @ v, GaussNewton(stage).dense() @ v, **CLOSE)
+    assert torch.allclose(within @ v, exact @ v, **CLOSE)
+
+
+def test_a_model_that_differentiates_within():
+    """torch.func in a model allows no counting of what is kept: then nothing is."""
+
+    class Slope(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=F64))
+
+        def forward(self, x):
+            return torch.func.vmap(torch.func.grad(lambda r: torch.tanh(r @ self.weight)))(x)
+
+    x = torch.randn(8, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    stage = Stage(
+        torch.nn.Identity(), Slope(), lambda o, t: (o - t[:, None]).square().sum(1), (x, x[:, 0])
+    )
+    exact = hessian(lambda v: stage.losses(v[:0], v, *stage.data).mean(), stage.vector())
+    assert torch.allclose(Hessian(stage).dense(), exact, **CLOSE)

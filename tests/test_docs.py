@@ -13,10 +13,19 @@ ROOT = Path(__file__).parents[1]
 MODULES = ("data", "stage", "curvature", "solvers", "influence", "retraining", "evaluation")
 
 
-def test_the_example_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_examples_of_the_readme_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All but the last, which torchrun has to start."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    example, to_disk, sharded = examples
+    assert "initialise()" in sharded
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
     assert "torch.Size([200])" in capsys.readouterr().out
+    exec(compile(to_disk, "README.md", "exec"), names)
+    assert (tmp_path / "scores.npy").is_file()
     code = [line for line in example.splitlines() if line.strip()]
     assert len(code) <= 15
 

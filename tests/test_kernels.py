@@ -235,6 +235,17 @@ def test_scores_without_forward_mode_are_those_by_reverse_mode(function, same):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("weights", [[0.0, 1, 1, 2, 1], [0.0, 0, 0, 0, 0]])
+def test_an_example_without_a_gradient_proves_nothing_about_forward_mode(weights):
+    """The operator passes on zero tangents without a word, and zero is right for example 0."""
+    torch.manual_seed(0)
+    data = torch.randn(5, 4, dtype=F64), torch.tensor(weights, dtype=F64)
+    stage = Stage(
+        Wrapped(sine).to(F64), nn.Linear(4, 2).to(F64), lambda o, t: t * o[:, 0] ** 2, data
+    )
+    assert not stage.has_forward_mode
+
+
 @pytest.mark.parametrize(
     ("function", "name"),
     [(fused, "_scaled_dot_product_flash_attention_for_cpu"), (distances, "_cdist_backward")],

@@ -40,14 +40,14 @@ def untrained(examples: int = 40, loss=cross_entropy, l2: float = 0.01, **settin
 @pytest.mark.parametrize("loss", [cross_entropy, squared_error])
 def test_all_rows_together_are_the_gauss_newton_matrix(loss):
     stage = untrained(loss=loss, l2=0.0, batch_size=7)
-    rows = gauss_newton_rows(stage, stage.vector(), 10_000)
+    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
     assert len(rows) == 40 * 3
     assert torch.allclose(rows.T @ rows, GaussNewton(stage).dense(), **CLOSE)
 
 
 def test_on_every_problem_all_rows_are_the_gauss_newton_matrix(problem: Problem):
     for stage in problem.stages():
-        rows = gauss_newton_rows(stage, stage.vector(), 10_000)
+        rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
         exact = GaussNewton(stage).dense()
         own = GaussNewton(stage) @ torch.eye(len(exact), dtype=F64)
         assert torch.allclose(own, exact)
@@ -59,7 +59,7 @@ def test_on_every_problem_all_rows_are_the_gauss_newton_matrix(problem: Problem)
 
 def test_few_rows_have_the_trace_of_all():
     stage = untrained(loss=squared_error, l2=0.0)
-    rows = gauss_newton_rows(stage, stage.vector(), 60)
+    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 60)
     exact = GaussNewton(stage).dense()
     # Half of the modes, chosen by chance since they are all alike: the trace is about right.
     assert float(rows.pow(2).sum()) == pytest.approx(float(exact.trace()), rel=0.2)
@@ -71,7 +71,7 @@ def test_ties_are_broken_by_chance_and_not_by_order():
     inputs = stage.data[0].clone()
     inputs[:30] *= 1e-3  # these examples hardly touch the first layer
     stage = stage.with_data((inputs, stage.data[1]))
-    rows = gauss_newton_rows(stage, stage.vector(), 60)
+    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 60)
     exact = GaussNewton(stage).dense()
     assert float(rows[:, :24].pow(2).sum()) > 0.3 * float(exact[:24, :24].trace())
 
@@ -233,24 +233,102 @@ def test_the_papers_solver_goes_without(mlp: Problem):
 def test_the_rows_do_not_depend_on_the_batches():
     several, one = untrained(batch_size=3), untrained(batch_size=1000)
     for rows in (20, 1000):
-        theta = one.vector()
-        a, b = (gauss_newton_rows(stage, theta, rows) for stage in (several, one))
+        at = one.split(one.vector())
+        a, b = (gauss_newton_rows(stage, at, rows) for stage in (several, one))
         assert torch.allclose(a.T @ a, b.T @ b, **CLOSE)
 
 
 def test_the_output_limit_is_where_it_says(monkeypatch):
     stage = untrained()
     monkeypatch.setattr(module, "_LARGEST_OUTPUT", 3)
-    assert gauss_newton_rows(stage, stage.vector(), 5) is not None
+    assert gauss_newton_rows(stage, stage.split(stage.vector()), 5) is not None
     monkeypatch.setattr(module, "_LARGEST_OUTPUT", 2)
-    assert gauss_newton_rows(stage, stage.vector(), 5) is None
+    assert gauss_newton_rows(stage, stage.split(stage.vector()), 5) is None
 
 
 def test_of_many_examples_some_are_looked_at(monkeypatch):
     """Every other example: the mean over those in place of the mean over all."""
     stage = untrained(examples=39, l2=0.0)
     monkeypatch.setattr(module, "_EXAMPLES", 20)
-    rows = gauss_newton_rows(stage, stage.vector(), 10_000)
+    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
     inputs, targets = stage.data
     half = stage.with_data((inputs[::2], targets[::2]))
     assert torch.allclose(rows.T @ rows, GaussNewton(half).dense(), **CLOSE)
+
+
+@pytest.mark.parametrize("block", ["embedding", "head"])
+def test_the_rows_of_a_block_are_those_of_the_whole(block):
+    stage = untrained(l2=0.0)
+    at = stage.split(stage.vector())
+    whole = gauss_newton_rows(stage, at, 20)
+    part = gauss_newton_rows(stage, at, 20, block)
+    of_w, of_h = whole.split([stage.embedding_size, stage.head_size], 1)
+    assert torch.allclose(part, {"embedding": of_w, "head": of_h}[block], **CLOSE)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8])
+def test_the_scale_of_the_problem_changes_nothing(scale):
+    """In float32 too: what is a null vector does not depend on units."""
+    stage = untrained(l2=0.1 * scale, loss=lambda o, t: scale * cross_entropy(o, t))
+    for dtype, tol in ((F64, 1e-9), (torch.float32, 1e-4)):
+        hessian = Hessian(stage.to(dtype))
+        b = torch.ones(hessian.shape[0], dtype=dtype)
+        report = MinRes(tol=tol, damping=2 * scale).solve(hessian, b).report
+        assert report.converged
+        assert report.iterations <= 20
+
+
+class Flattened(nn.Module):
+    """Three tokens an example, whose outputs stand below each other."""
+
+    def forward(self, x):
+        return x.reshape(-1, 2)
+
+
+def per_sentence(outputs, targets):
+    return cross_entropy(outputs, targets.flatten()).reshape(-1, 3).mean(1)
+
+
+def test_outputs_of_every_shape_are_solved():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 4, dtype=F64, generator=g)
+    y = torch.randint(2, (24,), generator=g)
+    tokens = torch.randint(2, (24, 3), generator=g)
+    linear = nn.Linear(4, 6).to(F64)
+    problems = {
+        "a number": (nn.Sequential(nn.Linear(4, 1).to(F64), nn.Flatten(0)),
+                     lambda o, t: (o - t).square(), y),
+        "tokens below each other": (nn.Sequential(linear, Flattened()), per_sentence, tokens),
+        "tokens first": (nn.Sequential(linear, nn.Unflatten(1, (3, 2)), Transposed()),
+                         lambda o, t: cross_entropy(o.flatten(0, 1), t.T.flatten())
+                         .reshape(3, -1).mean(0), tokens),
+    }  # fmt: skip
+    for head, loss, targets in problems.values():
+        stage = Stage(nn.Identity(), head, loss, (x, targets), l2=0.1)
+        hessian = Hessian(stage)
+        b = torch.ones(hessian.shape[0], dtype=F64)
+        solution = MinRes(tol=1e-10).solve(hessian, b)
+        assert solution.report.converged
+        assert (hessian.dense() @ solution.x - b).norm() <= 1e-9 * b.norm()
+
+
+class Transposed(nn.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+def test_a_rough_residual_is_asked_for_without_one():
+    hessian = Hessian(untrained())
+    b = torch.ones(hessian.shape[0], dtype=F64)
+    with pytest.warns(UserWarning, match="negative curvature"):
+        assert MinRes(tol=0.1).solve(hessian, b).report.preconditioner == "none"
+
+
+def test_half_precision_products_with_single_recurrences():
+    stage = untrained(l2=0.1).to(torch.bfloat16)
+    hessian = Hessian(stage)
+    b = torch.ones(hessian.shape[0], dtype=torch.bfloat16)
+    solution = MinRes(damping=2.0).solve(hessian, b)
+    assert solution.x.dtype == torch.bfloat16
+    exact = Dense(damping=2.0).solve(Hessian(stage.to(F64)), b.double()).x
+    assert (solution.x.double() - exact).norm() <= 0.05 * exact.norm()

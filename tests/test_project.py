@@ -16,6 +16,7 @@ from msif_lib.study.runner import PROFILES, check_parameters, find_notebooks, re
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/chapters/*.ipynb")])
+CONSTRAINTS = ("constraints.txt", "benchmarks/constraints.txt")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
@@ -26,9 +27,15 @@ def declared() -> list[Requirement]:
     return [requirement for requirement in requirements if requirement.name != PROJECT["name"]]
 
 
-def pins() -> dict[str, Version]:
+def benched() -> list[Requirement]:
+    """What .venv-bench holds: this library's needs and its peers."""
+    lines = (ROOT / "benchmarks" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def pins(constraints: str = "constraints.txt") -> dict[str, Version]:
     found = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / constraints).read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
             name, version = line.split("==")
             found[canonicalize_name(name)] = Version(version)
@@ -48,8 +55,9 @@ def sources() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
-def test_constraints_are_plain_pins():
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+@pytest.mark.parametrize("constraints", CONSTRAINTS)
+def test_constraints_are_plain_pins(constraints):
+    for line in (ROOT / constraints).read_text(encoding="utf-8").splitlines():
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[0-9A-Za-z.]+", line), line
 
 
@@ -60,6 +68,21 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
     assert requirement.specifier.contains(pin), f"{requirement} excludes the pin {pin}"
 
 
+@pytest.mark.parametrize("requirement", benched(), ids=str)
+def test_every_peer_is_pinned_within_its_range(requirement):
+    pin = pins("benchmarks/constraints.txt").get(canonicalize_name(requirement.name))
+    assert pin is not None, f"{requirement.name} has no pin in benchmarks/constraints.txt"
+    assert requirement.specifier.contains(pin), f"{requirement} excludes the pin {pin}"
+
+
+def test_the_benchmarks_environment_holds_what_the_library_needs():
+    wanted = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert wanted <= {canonicalize_name(requirement.name) for requirement in benched()}
+    # One torch, so that the figures of the two environments compare.
+    ours, theirs = (pins(constraints) for constraints in CONSTRAINTS)
+    assert ours["torch"] == theirs["torch"]
+
+
 def test_torch_and_torchvision_have_an_upper_bound():
     # Without one pip prefers the newest CUDA build, gigabytes of it.
     bounded = {
@@ -68,6 +91,9 @@ def test_torch_and_torchvision_have_an_upper_bound():
         if any(specifier.operator == "<" for specifier in requirement.specifier)
     }
     assert {"torch", "torchvision"} <= bounded
+    for requirement in benched():
+        if requirement.name in ("torch", "torchvision"):
+            assert "<" in {specifier.operator for specifier in requirement.specifier}
 
 
 def test_the_extra_all_names_every_other_extra():

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from msif_lib import Stage, cross_entropy
 from msif_lib import retraining as module
-from msif_lib.checkpoint import Checkpoint, _rounded, stage_fingerprint
-from msif_lib.fingerprint import fingerprint
+from msif_lib.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.fingerprint import fingerprint, rounded
 from msif_lib.jobs import _Shared, as_finished
 from msif_lib.retraining import Retraining, retrain_without
 
@@ -338,10 +338,10 @@ def test_digests_tell_structures_apart(mlp):
     assert stage_fingerprint(first) == stage_fingerprint(first.with_data((unaligned, targets)))
     values = torch.tensor([3.0, -1e-9, 0.0, 2e-4], dtype=F64)
     noise = 1e-13 * torch.tensor([1.0, 1e5, -1.0, -1.0], dtype=F64)
-    assert fingerprint(_rounded(values)) == fingerprint(_rounded(values + noise))
-    assert fingerprint(_rounded(values)) != fingerprint(_rounded(values + 1e-5))
-    assert fingerprint(_rounded(values)) != fingerprint(_rounded(2 * values + 1e-5))
-    assert fingerprint(_rounded(values / 0)) == fingerprint(_rounded(values / 0))
+    assert fingerprint(rounded(values)) == fingerprint(rounded(values + noise))
+    assert fingerprint(rounded(values)) != fingerprint(rounded(values + 1e-5))
+    assert fingerprint(rounded(values)) != fingerprint(rounded(2 * values + 1e-5))
+    assert fingerprint(rounded(values / 0)) == fingerprint(rounded(values / 0))
 
 
 # --- the sketch for larger models ----------------------------------------------------------------

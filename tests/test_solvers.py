@@ -563,3 +563,16 @@ def test_negative_curvature_is_found_in_a_block():
     b = right_hand_sides(30, 4)
     assert not quietly(MinRes(), definite, b).report.negative_curvature
     assert quietly(MinRes(), indefinite, b).report.negative_curvature
+
+
+@pytest.mark.parametrize("columns", [3, 20, 60, 130])
+def test_one_column_without_a_solution_costs_the_others_nothing(columns):
+    """Rank 54 of 60: all right-hand sides but the first lie in the range."""
+    values = torch.cat([torch.logspace(0, -2, 54, dtype=F64), torch.zeros(6, dtype=F64)])
+    a = symmetric(values)
+    b = a @ right_hand_sides(60, columns)
+    b[:, 0] += torch.linalg.eigh(a).eigenvectors[:, 0]
+    report = quietly(MinRes(tol=1e-7), a, b).report
+    assert not report.converged
+    assert max(report.residuals[1:]) <= 1e-7
+    assert report.iterations <= 500

@@ -20,6 +20,7 @@ from msif_lib import (
     SingleStageInfluence,
     Stage,
     UpdatedEmbeddingInfluence,
+    cross_entropy,
     storage,
 )
 from msif_lib.data import Examples
@@ -177,7 +178,8 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     solution = influence._directions(mlp.test_data, True)
     monkeypatch.setattr(influence, "_directions", lambda *args: solution)
     examples.read.clear()
-    examples.strength = 2 + 2 + 18  # the ends of the data for two fingerprints, then the sweep
+    known = 2 * 16  # read for two fingerprints; one more example to try vmap with; then the sweep
+    examples.strength = known + 1 + 18
     with pytest.raises(KeyboardInterrupt):
         influence.scores(mlp.test_data, per_test=True, out=out)
     assert json.loads(Path(f"{out}.progress.json").read_text())["finished"] == 16
@@ -189,7 +191,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     examples.read.clear()
     forbid_work(monkeypatch, "solve")
     scores = again.scores(mlp.test_data, per_test=True, out=out)
-    assert examples.read[4:] == list(range(16, 31)), "what was scored is not read again"
+    assert examples.read[known + 1 :] == list(range(16, 31)), "what was scored is not read again"
     check(scores.values, exact, 1e-12)
     assert [report.system for report in scores.solves] == ["A x = b", "A x = b"]
     assert not list(tmp_path.glob("*.new"))
@@ -198,7 +200,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     examples.read.clear()
     forbid_work(monkeypatch, "directional_derivatives")
     check(finished.scores(mlp.test_data, per_test=True, out=out).values, exact, 1e-12)
-    assert len(examples.read) == 4
+    assert len(examples.read) == known
 
 
 def test_an_interruption_before_the_sweep_keeps_the_solution(mlp, tmp_path, monkeypatch):
@@ -376,3 +378,46 @@ def test_bars_count_examples(mlp, capsys, monkeypatch):
     assert "| 31/31 [" in capsys.readouterr().err
     influence.self_influence(at_once=10)
     assert "self-influence: 100%" in capsys.readouterr().err
+
+
+def problem_with(loss, targets=None) -> SingleStageInfluence:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(50, 3, dtype=F64, generator=g), torch.randint(2, (50,), generator=g)
+    torch.manual_seed(0)
+    data = x, y if targets is None else targets(y)
+    stage = Stage(torch.nn.Identity(), torch.nn.Linear(3, 2).to(F64), loss, data, l2=0.3)
+    return SingleStageInfluence(stage, Dense(), stationarity_tol=1e9, progress=False)
+
+
+class Focal:
+    def __init__(self, power: float) -> None:
+        self.power = power
+
+    def __call__(self, outputs, targets):
+        loss = cross_entropy(outputs, targets)
+        return (1 - (-loss).exp()) ** self.power * loss
+
+
+def test_another_loss_or_another_label_is_another_problem(tmp_path):
+    """Losses that look alike in words, and a label mended in the midst of the data."""
+
+    def mended(y):
+        y = y.clone()
+        y[23] = 1 - y[23]
+        return y
+
+    test = torch.ones(1, 3, dtype=F64), torch.tensor([1])
+    for number, (first, second) in enumerate(
+        [
+            (problem_with(Focal(1.0)), problem_with(Focal(3.0))),
+            (
+                problem_with(lambda o, t: cross_entropy(o, t)),
+                problem_with(lambda o, t: 2 * cross_entropy(o, t)),
+            ),
+            (problem_with(cross_entropy), problem_with(cross_entropy, mended)),
+        ]
+    ):
+        out = tmp_path / f"{number}.npy"
+        first.scores(test, out=out)
+        with pytest.raises(ValueError, match="belongs to another problem"):
+            second.scores(test, out=out)

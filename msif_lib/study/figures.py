@@ -12,6 +12,7 @@ import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from msif_lib.evaluation import Agreement, Estimate
@@ -234,6 +235,69 @@ def forest(
     ax.axvline(0, color=_GREY, linewidth=1)
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel(xlabel)
+
+
+def bars(
+    ax: Axes,
+    labels: Sequence[str],
+    values: Sequence[float],
+    xlabel: str,
+    ranges: Sequence[tuple[float, float]] | None = None,
+    colors: Sequence[str] | None = None,
+    unit: float | None = 1.0,
+) -> None:
+    """Plot positive quantities, one a row, the first on top, on a logarithmic axis.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    labels : sequence of str
+        One for each value.
+    values : sequence of float
+        Positive; they are also written out at the right.
+    xlabel : str
+        What they measure.
+    ranges : sequence of pairs, optional
+        The lowest and the highest of what each value is the median of.
+    colors : sequence of str, optional
+        One for each value.
+    unit : float, optional
+        Where a vertical line marks what the others are compared with.
+
+    Raises
+    ------
+    ValueError
+        If labels, values, ranges and colours are not equally many, or a value is not positive.
+    """
+    colors = [PALETTE["blue"]] * len(labels) if colors is None else colors
+    ranges = [(value, value) for value in values] if ranges is None else ranges
+    if not len(labels) == len(values) == len(ranges) == len(colors):
+        raise ValueError(
+            f"{len(labels)} labels, {len(values)} values, {len(ranges)} ranges and {len(colors)} "
+            "colors must be equally many"
+        )
+    if not all(value > 0 for value in values):
+        raise ValueError(f"a logarithmic axis has no place for {min(values)}")
+    place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
+    for row, (value, (low, high), color) in enumerate(zip(values, ranges, colors)):
+        ax.plot(value, row, "o", color=color, markersize=9)
+        ax.plot([low, high], [row, row], color=color, linewidth=2.5)
+        digits = f"{float(f'{value:.2g}'):,.10f}".rstrip("0").rstrip(".")
+        ax.text(1.02, row, digits, fontsize=12, **place)
+    if unit is not None:
+        ax.axvline(unit, color=_GREY, linewidth=1, zorder=0)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(axis="x", color="#E5E7EB", linewidth=0.8)
+    ax.set_axisbelow(True)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel(xlabel)

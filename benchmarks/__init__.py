@@ -1,0 +1,1 @@
+"""This library and its peers, timed on the same problems: ``make bench``."""
