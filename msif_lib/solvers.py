@@ -379,7 +379,8 @@ class _Krylov(Solver):
         in float32 and 1e-2 in half precision, about what each can reach on the Hessian of a trained
         network.
     max_iterations
-        Iterations allowed for a right-hand side. None: twice the size, at least 1,000 and at most 10,000.
+        Iterations allowed for a right-hand side. None: twice the size, at least 1,000 and at most
+        10,000.
     """
 
     tol: float | None = None
