@@ -103,13 +103,13 @@ class _ShardedStage(Stage):
         self._rank, self._processes = dist.get_rank(group), dist.get_world_size(group)
         if self._rank < 0:
             raise RuntimeError("this process is not in the process group given")
+        if check:
+            self._check_data()
         if len(set(self._all_said(fingerprint(stage_parts(self))))) > 1:
             raise ValueError(
                 "the processes hold different stages: parameters, number of examples, first and "
                 "last example must be the same in all; seed or load them alike before shard()"
             )
-        if check:
-            self._check_data()
         self.checked = True
 
     def _all_said(self, word: str) -> list[str]:
