@@ -126,8 +126,9 @@ def gauss_newton_rows(
         the model are not one tensor, with at most 128 numbers for each example, or the loss has
         no curvature in them, or they cannot be vectorised.
     """
+    w, h = at
     try:
-        return _rows(stage, at, rows, block)
+        return _rows(stage, (w, h), rows, block)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError):  # what vmap says, or a strange shape
