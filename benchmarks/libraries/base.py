@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Exact(Method):
+class Exact(Method, ABC):
     """A method that solves A x = b to a tolerance.
 
     Attributes
@@ -64,22 +65,22 @@ class Exact(Method):
     separate_scores: bool = True
     several_scores: bool = True
 
+    @abstractmethod
     def solve(self, problem: Problem, b: Tensor, setting: float, limit: int) -> Tensor:
         """x ``(p, k)`` for right-hand sides ``(p, k)``, in at most `limit` iterations."""
-        raise NotImplementedError
 
     def scorer(self, problem: Problem) -> Callable[[Tensor], Tensor]:
-        """A function from solutions ``(p, k)`` to scores ``(m, k)``."""
-        raise NotImplementedError
+        """A function from solutions ``(p, k)`` to scores ``(m, k)``, where the library has one."""
+        raise TypeError(f"{self.name} has no scores of its own")
 
 
 @dataclass(frozen=True)
-class Approximate(Method):
+class Approximate(Method, ABC):
     """A method that replaces the Hessian by something easier, with its own right-hand sides."""
 
+    @abstractmethod
     def fit(self, problem: Problem) -> Callable[[int], Tensor]:
         """Prepare; returns a function from a number of test examples to scores ``(m, k)``."""
-        raise NotImplementedError
 
 
 def loader(problem: Problem, batch_size: int) -> DataLoader:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import Function
 
+from msif_lib.functional import DerivativeError
+
 
 def chains_plainly(
     shares: Tensor, weight: Tensor, projection: Tensor, clip: float | None = None
@@ -99,7 +101,7 @@ def _refuse_nested_forward_mode() -> None:
     """Within a Function's jvp torch drops the tangents of an outer forward mode silently."""
     levels = functorch.get_interpreter_stack() or []
     if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
-        raise NotImplementedError(
+        raise DerivativeError(
             "chains has no forward mode over forward mode; take forward over reverse mode, or "
             "chains_plainly"
         )
