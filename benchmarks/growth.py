@@ -289,7 +289,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU here")
     options.sizes = [options.largest // 2**k for k in range(4, -1, -1)]
     options.widths, options.columns = [8, 16, 24, 32, 48, 64], [1, 2, 3, 4, 8, 16, 32, 64]
-    # Together with the channels: the smallest fills what is kept of autograd graphs.
+    # Together with the channels: even of the smallest no autograd graphs are kept.
     options.memory_sizes, options.image = [4000, 8000, 16000, 32000], 32
     options.channels, options.iterations = [16, 32], 1
     if options.quick:

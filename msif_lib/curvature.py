@@ -22,7 +22,12 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp
 
 from msif_lib.data import Batch
-from msif_lib.functional import explain_missing_derivatives, require_second_derivatives
+from msif_lib.functional import (
+    GraphNotCountable,
+    explain_missing_derivatives,
+    require_second_derivatives,
+    saved_bytes,
+)
 from msif_lib.preconditioner import (
     FEWEST_ROWS,
     MOST_ROWS,
@@ -135,8 +140,8 @@ class _SecondDerivative(LinearOperator):
 
     A product with v is ∂/∂a (∇_b G · v), double backward (Pearlmutter 1994). ∇_b G is recorded
     with its graph once a batch, and each product costs one backward pass through that graph,
-    about half of recording it anew. As many batches keep their graph as fit `memory_budget`
-    bytes; the others record it again at each product.
+    about half of recording it anew. The graphs are kept between products where those of all
+    batches fit `memory_budget` bytes; else each product records them again, a batch at a time.
     """
 
     def __init__(
@@ -150,14 +155,14 @@ class _SecondDerivative(LinearOperator):
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
-        self._kept: list[Tensor | None] = []
-        self._all_kept = False
+        self._checked = False
+        self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
-            memory_budget = 2**30 if self.device.type == "cpu" else 2**33
+            memory_budget = 2**27 if self.device.type == "cpu" else 2**33
         with _differentiating():
             self._choose_leaves(at or (stage.embedding_vector(), stage.head_vector()))
             if memory_budget:
-                self._record(memory_budget)
+                self._kept = self._recorded(memory_budget)
         self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
 
     def _choose_leaves(self, at: tuple[Tensor, Tensor]) -> None:
@@ -194,38 +199,32 @@ class _SecondDerivative(LinearOperator):
 
     def _batch_gradient(self, batch: Batch) -> Tensor | None:
         losses = self.stage.losses(self._w, self._h, *batch)
-        if not self._kept:
+        if not self._checked:
             require_second_derivatives(losses)
+            self._checked = True
         return self._gradient(losses.sum() / self.stage.size)
 
-    def _record(self, memory_budget: int) -> None:
-        used: dict[int, int] = {}
-
-        def count(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            used[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the tensor itself would close a cycle that is never freed
-
+    def _recorded(self, memory_budget: int) -> list[Tensor | None] | None:
+        """∇_b G of every batch with its graph; None where they would hold more than the budget."""
+        gradients: list[Tensor | None] = []
+        used: dict[int, int] = {}  # batches share storage: the parameters'
         for batch in self.stage.batches():
             try:
-                with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-                    gradient = self._batch_gradient(batch)
-            except RuntimeError as error:
-                if "saved tensor hooks" in str(error):  # torch.func within the model: not counted
-                    return
-                raise
+                with saved_bytes() as held:
+                    gradients.append(self._batch_gradient(batch))
+            except GraphNotCountable:
+                return None
+            used |= held
             if sum(used.values()) > memory_budget:
-                return
-            self._kept.append(gradient)
-        self._all_kept = True
+                return None
+        return gradients
 
     def _data_gradients(self) -> Iterator[Tensor | None]:
         """The terms of ∇_b G that depend on the data, one a batch."""
-        yield from self._kept
-        if not self._all_kept:
-            for number, batch in enumerate(self.stage.batches()):
-                if number >= len(self._kept):
-                    yield self._batch_gradient(batch)
+        if self._kept is None:
+            yield from map(self._batch_gradient, self.stage.batches())
+        else:
+            yield from self._kept
 
     def _product(self, columns: Tensor) -> Tensor:
         product = columns.new_zeros(self.shape[0], columns.shape[1])
@@ -263,7 +262,8 @@ class Hessian(_SecondDerivative):
         ``"joint"``: ∂²G/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²G/∂W²;
         ``"head"``: ∂²G/∂U².
     memory_budget
-        Bytes of autograd graph kept between products; None: 1 GiB on a CPU, 8 GiB on a GPU.
+        Bytes of autograd graphs that may be kept between products, all or none; None: 128 MiB on a
+        CPU, 8 GiB on a GPU.
 
     Raises
     ------
@@ -322,7 +322,8 @@ class CrossHessian(_SecondDerivative):
     stage
         The stage whose objective is F.
     memory_budget
-        Bytes of autograd graph kept between products; None: 1 GiB on a CPU, 8 GiB on a GPU.
+        Bytes of autograd graphs that may be kept between products, all or none; None: 128 MiB on a
+        CPU, 8 GiB on a GPU.
     """
 
     def __init__(self, stage: Stage, memory_budget: int | None = None) -> None:

@@ -115,6 +115,37 @@ def require_second_derivatives(value: Tensor) -> None:
             raise _missing_derivative(node._forward_cls.__name__)
 
 
+class GraphNotCountable(RuntimeError):
+    """What the model does, torch.func within it for one, hides the tensors that its graph saves."""
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Count the bytes that graphs recorded within the context keep, by address of their storage.
+
+    The results must stay alive until the bytes are read: a freed address is used again.
+
+    Raises
+    ------
+    GraphNotCountable
+        The tensors that a graph saves cannot be seen.
+    """
+    held: dict[int, int] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would close a cycle that is never freed
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            yield held
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            raise GraphNotCountable(str(error)) from error
+        raise
+
+
 class PureModule:
     """A module as a function of its parameters, one flat vector; their names are read once.
 

@@ -167,15 +167,16 @@ def _rows(stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block) -> T
         value, pull_back = vjp(partial(outputs, one), *variables)[:2]
         return torch.cat(pull_back(mode.view(value.shape)))
 
-    parts, start = [], 0
+    found = modes.new_empty(len(modes), sum(variable.numel() for variable in variables))
+    start = 0
     for inputs, targets in _batches(stage, examples):
         count = len(leaves(targets)[0])
         here = ((owners >= start) & (owners < start + count)).nonzero()[:, 0]
         for some in here.split(stage.gradients_at_once):
             these = map_leaves(itemgetter(owners[some] - start), inputs)
-            parts.append(vmap(row)(modes[some], these))
+            found[some] = vmap(row)(modes[some], these)
         start += count
-    return torch.cat(parts) / (len(looked_at) * share) ** 0.5
+    return found.div_((len(looked_at) * share) ** 0.5)
 
 
 def _batches(stage: Stage, indices: Sequence[int]) -> Iterator[Batch]:

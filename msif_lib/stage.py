@@ -25,7 +25,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader, Dataset
 
 from msif_lib.data import Batch, Examples, Nested, leaves, map_leaves
-from msif_lib.functional import PureModule, differentiable_kernels
+from msif_lib.functional import (
+    GraphNotCountable,
+    PureModule,
+    differentiable_kernels,
+    saved_bytes,
+)
 
 Loss = Callable[[Any, Any], Tensor]
 Regularizer = Callable[[dict[str, Tensor]], Tensor]
@@ -110,7 +115,7 @@ class Stage:
         Evaluate the model once over `data` and refuse what would make scores meaningless.
     memory_budget
         Bytes of autograd graph of one batch. Where `batch_size` examples would need more, as is
-        measured on the first two, batches are smaller. None: 64 MiB on a CPU, where what no
+        measured on the first two, batches are smaller. None: 32 MiB on a CPU, where what no
         longer fits its caches is slower too, and 2 GiB on a GPU; four times the parameters where
         that is more.
 
@@ -320,31 +325,21 @@ class Stage:
         parameters = self.vector().nbytes
         on_cpu = self.device.type == "cpu"
         # A pass reads all parameters, so that it should not be for next to no examples.
-        budget = self.memory_budget or max(2**26 if on_cpu else 2**31, 4 * parameters)
+        budget = self.memory_budget or max(2**25 if on_cpu else 2**31, 4 * parameters)
         try:
             one, two = (self._graph_bytes(count) for count in (1, 2))
-        except RuntimeError as error:
-            if "saved tensor hooks" in str(error):  # torch.func within the model: not counted
-                return self.batch_size
-            raise
+        except GraphNotCountable:
+            return self.batch_size
         return max(1, min(self.batch_size, budget // max(1, _GRADIENT_GRAPH * (two - one))))
 
     def _graph_bytes(self, count: int) -> int:
         """Bytes that the graph of the first few losses keeps."""
-        held: dict[int, int] = {}
-
-        def hold(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # the tensor itself would close a cycle that is never freed
-
         inputs, targets = next(self.examples.batches(count, range(count)))
         batch = map_leaves(lambda leaf: leaf.to(self.device), (inputs, targets))
         theta = self.vector().requires_grad_()
-        hooks = torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor)
-        with torch.enable_grad(), hooks:
+        with torch.enable_grad(), saved_bytes() as held:
             losses = self.losses(*self.split(theta), *batch)
-        assert len(losses) == count  # alive till now: a freed address would be used again
+        assert len(losses) == count  # alive till now
         return sum(held.values())
 
     def batches(self) -> Iterator[Batch]:
