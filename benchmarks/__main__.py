@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,13 +24,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import CACHE, RESULTS, ROOT, machine
 from benchmarks.libraries import METHODS, Approximate, Exact
 from benchmarks.problems import SPECS, Spec
 from benchmarks.tables import OURS, report
 from msif_lib.study.records import write_record
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "build" / "bench"
 TARGET = 1e-3
 PROBLEMS, QUICK = ("small", "large", "indefinite"), ("tiny", "tiny indefinite")
 # Problems whose units are measured.
@@ -242,16 +240,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def run_problem(spec: Spec, options: argparse.Namespace, run: Runner) -> dict[str, Any]:
     """Measure everything on one problem and return its record."""
     begin = time.perf_counter()
@@ -281,7 +269,7 @@ def run_problem(spec: Spec, options: argparse.Namespace, run: Runner) -> dict[st
             "rows": rows_of(jobs),
             "units": units_of(units),
             "packages": versions(),
-            "machine": {"processor": processor(), "cores": os.cpu_count()},
+            "machine": machine(),
         },
         {
             "target": TARGET,
@@ -324,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not named(options.only):
         parser.error(f"no method holds {options.only!r} in its name: {', '.join(METHODS)}")
     if options.out is None:
-        options.out = CACHE / "quick" if options.quick else ROOT / "results" / "benchmarks"
+        options.out = CACHE / "quick" if options.quick else RESULTS
     torch.set_num_threads(options.threads)
     run = Runner(options.threads, options.timeout)
     for name in options.problems or (QUICK if options.quick else PROBLEMS):

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -41,16 +40,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.__main__ import processor
+from benchmarks.command import make_parser, parse, record
 from benchmarks.measure import peak_megabytes
 from benchmarks.problems import CLASSES, network
 from benchmarks.sentences import seconds
 from msif_lib import SingleStageInfluence, Stage, cross_entropy
 from msif_lib.curvature import AddDiagonal, Hessian
 from msif_lib.solvers import MinRes
-from msif_lib.study.records import write_record
 
-ROOT = Path(__file__).resolve().parents[1]
 ALPHA, L2 = 0.01, 5e-3
 # Vectors scored together where T is not what varies.
 COLUMNS = 16
@@ -269,11 +266,9 @@ def memory_growth(options: argparse.Namespace) -> dict[str, Any]:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="physical cores")
+def chosen(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, and the sizes that follow from them."""
+    parser = make_parser("growth", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--shortest", type=float, default=0.1, help="what is quicker is repeated for so long, in s"
@@ -282,11 +277,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--largest", type=int, default=16000, help="m and n, and halves of it")
     parser.add_argument("--width", type=int, default=16, help="channels where p is not what varies")
     parser.add_argument("--batch", type=int, default=1024, help="examples at once, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="folder of the record")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    options = parse(parser, arguments)
     options.sizes = [options.largest // 2**k for k in range(4, -1, -1)]
     options.widths, options.columns = [8, 16, 24, 32, 48, 64], [1, 2, 3, 4, 8, 16, 32, 64]
     # Together with the channels: even of the smallest no autograd graphs are kept.
@@ -296,34 +287,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.rounds, options.shortest, options.examples, options.width = 1, 0.0, 20, 2
         options.sizes, options.widths, options.columns = [10, 20, 40], [2, 4, 6], [1, 3, 4, 8]
         options.memory_sizes, options.image, options.channels = [20, 40], 8, [2, 3]
-    if options.out is None:
-        options.out = ROOT / ("build/bench/quick" if options.quick else "results/benchmarks")
     return options
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the record."""
-    options = parse(arguments)
-    begin = time.perf_counter()
-    torch.set_num_threads(options.threads)
+    options = chosen(arguments)
     memory = memory_growth(options)
-    values = {
-        "time": time_growth(options),
-        "memory": memory,
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-    }
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "seed")}
-    return write_record(
-        options.out / "growth.json",
-        section="benchmarks",
-        dataset="random images",
-        values=values,
-        parameters=parameters,
-        seeds=[options.seed],
-        wall_time=time.perf_counter() - begin,
-        device=options.device,
-        dtype=torch.float32,
-    )
+    values = {"time": time_growth(options), "memory": memory}
+    return record(options, "growth", "random images", values)
 
 
 if __name__ == "__main__":

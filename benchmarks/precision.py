@@ -19,29 +19,24 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from benchmarks.__main__ import processor
+from benchmarks.command import make_parser, parse, record
 from benchmarks.measure import listening, pearson, plain_text
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.solvers import Dense, MinRes, Solution
 from msif_lib.study.datasets import two_stages
 from msif_lib.study.models import build_model
-from msif_lib.study.records import write_record
 from msif_lib.study.training import train
 
-ROOT = Path(__file__).resolve().parents[1]
 ALPHA = 0.01
 # Weight decay of both stages.
 REGIMES = {"well conditioned": 2e-2, "nearly singular": 1e-5}
@@ -248,38 +243,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the record."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precision", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a tiny problem, for tests")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="physical cores")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None, help="folder of the record")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    options = parse(make_parser("precision", __doc__), arguments)
     options.examples, options.tests, options.widths, options.tol = 400, 200, [6, 8], 1e-8
     if options.quick:
         options.examples, options.tests, options.widths = 60, 20, [2, 2]
-    if options.out is None:
-        options.out = ROOT / ("build/bench/quick" if options.quick else "results/benchmarks")
-    begin = time.perf_counter()
-    torch.set_num_threads(options.threads)
-    values = {
-        "regimes": run(options),
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
-    }
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "seed")}
-    return write_record(
-        options.out / "precision.json",
-        section="benchmarks",
-        dataset="digits",
-        values=values,
-        parameters={**parameters, "alpha": ALPHA},
-        seeds=[options.seed],
-        wall_time=time.perf_counter() - begin,
-        device=options.device,
-        dtype=torch.float64,
-    )
+    values = {"regimes": run(options)}
+    return record(options, "precision", "digits", values, torch.float64, alpha=ALPHA)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import argparse
 import copy
 import dataclasses
 import hashlib
-import os
 import statistics
 import time
 import warnings
@@ -42,7 +41,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor, nn
 
-from benchmarks.__main__ import processor
+from benchmarks.command import CACHE, make_parser, parse, record
 from benchmarks.problems import Spec
 from benchmarks.problems import train as train_model
 from benchmarks.reference import Product
@@ -52,10 +51,7 @@ from msif_lib.minimise import minimise
 from msif_lib.solvers import ConjugateGradient, MinRes, Solution, SolveReport, SolverWarning
 from msif_lib.study.datasets import two_stages
 from msif_lib.study.models import build_model
-from msif_lib.study.records import write_record
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "build" / "bench"
 PAPER_SECONDS = 230
 ALPHA = 0.01
 CASES = {"case 1": ("F_ΘΘ", "H_G"), "case 2": ("K", "H_G")}
@@ -361,11 +357,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "gradient_norms": trained.gradient_norms,
         "training_seconds": trained.seconds,
         "paper_seconds": PAPER_SECONDS,
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-        },
     }
 
 
@@ -379,14 +370,7 @@ def line(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the command line and return the record."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pretraining_set",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="digits and a tiny network, for tests")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="physical cores")
+    parser = make_parser("pretraining_set", __doc__)
     parser.add_argument("--examples", type=int, default=None, help="of pretraining; by default all")
     parser.add_argument("--finetune-examples", type=int, default=2000)
     parser.add_argument("--tests", type=int, default=500, help="test examples, their losses summed")
@@ -400,37 +384,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--l2", type=float, default=5e-3, help="weight decay of both stages")
     parser.add_argument("--epochs", type=int, default=10, help="of Adam")
     parser.add_argument("--evaluations", type=int, default=60, help="of L-BFGS, for each stage")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder of trained networks")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the record")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    options = parse(parser, arguments)
     options.dataset, options.widths = "cifar10", [16, 32, 32]
     if options.quick:
         options.dataset, options.examples, options.widths = "digits", 60, [2, 3]
         options.finetune_examples, options.tests, options.paper_examples = 60, 20, 30
         options.paper_iterations, options.epochs, options.evaluations = [5, 20], 20, 200
-    if options.out is None:
-        options.out = ROOT / ("build/bench/quick" if options.quick else "results/benchmarks")
-    begin = time.perf_counter()
-    torch.set_num_threads(options.threads)
-    values = run(options)
-    left_out = ("out", "cache", "seed")
-    return write_record(
-        options.out / "pretraining_set.json",
-        section="benchmarks",
-        dataset=options.dataset,
-        values=values,
-        parameters={
-            **{key: value for key, value in vars(options).items() if key not in left_out},
-            "alpha": ALPHA,
-        },
-        seeds=[options.seed],
-        wall_time=time.perf_counter() - begin,
-        device=options.device,
-        dtype=torch.float32,
-    )
+    return record(options, "pretraining_set", options.dataset, run(options), alpha=ALPHA)
 
 
 if __name__ == "__main__":

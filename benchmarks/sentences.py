@@ -26,18 +26,16 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.command import make_parser, parse, record
 from msif_lib import Stage
 from msif_lib.study.language import SIZES, LanguageModel, TokenPredictor, language_loss
-from msif_lib.study.records import write_record
 
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "benchmarks"
 CHARACTERS = 50
 # Width, layers and width of the hidden layer of a transformer of about the same size; the largest
 # is that of BERT's base model.
@@ -130,6 +128,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
     if options.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = options.tf32
         torch.backends.cudnn.allow_tf32 = options.tf32
+    torch.set_num_threads(options.threads)
     before = memory(options.device)
     stage = make_stage(model, options)
     parameters = stage.embedding_size + stage.head_size
@@ -168,24 +167,18 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    """Run the command line and return the record."""
+    parser = make_parser("sentences", __doc__)
     parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sentences", type=int, default=32, help="sentences in all")
     parser.add_argument("--batch", type=int, default=8, help="sentences at once")
     parser.add_argument("--length", type=int, default=20, help="tokens a sentence")
     parser.add_argument("--vocabulary", type=int, default=8192, help="tokens of the softmax")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0 for torch's own choice")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 products (cuda)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    start = time.perf_counter()
+    options = parse(parser, arguments)
+    if options.quick:
+        options.size, options.sentences, options.repetitions = "tiny", 4, 1
     models = []
     for model in ("language model", "transformer"):
         # A process each: the peak of memory is a process's own.
@@ -193,18 +186,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             models.append(pool.submit(measure, model, options).result())
         print(json.dumps(models[-1], indent=2))
-    parameters = {key: value for key, value in vars(options).items() if key not in ("out", "seed")}
-    return write_record(
-        options.out / f"sentences-{options.size}-{options.device}.json",
-        section="benchmarks",
-        dataset="random tokens",
-        values={"models": models, "paper_seconds_a_sentence": 0.94},
-        parameters=parameters,
-        seeds=[options.seed],
-        wall_time=time.perf_counter() - start,
-        device=options.device,
-        dtype=torch.float32,
-    )
+    values = {"models": models, "paper_seconds_a_sentence": 0.94}
+    return record(options, f"sentences-{options.size}-{options.device}", "random tokens", values)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.command import RESULTS, ROOT
 from benchmarks.problems import SPECS, digits, network
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import Hessian
 from msif_lib.distributed import initialise, shard
 from msif_lib.study.records import write_record
 
-ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = 16
 # Processes and threads of each; the first is what the others are compared with.
 SETTINGS = {
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--problem", choices=list(SPECS), default="large")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--products", type=int, default=10, help="products timed together")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "benchmarks")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:

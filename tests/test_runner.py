@@ -23,14 +23,14 @@ classes = [
 """
 
 
-def write_notebook(path: Path, *cells: str) -> None:
+def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> None:
     notebook = nbformat.v4.new_notebook()
     notebook.metadata.kernelspec = {
         "name": "python3",
         "language": "python",
         "display_name": "Python 3",
     }
-    for number, source in enumerate((PARAMETERS, *cells)):
+    for number, source in enumerate((parameters, *cells)):
         cell = nbformat.v4.new_code_cell(source)
         cell.id = f"cell-{number}"
         notebook.cells.append(cell)
@@ -216,3 +216,39 @@ def test_book_refuses_a_notebook_that_shows_an_error(project):
     as_executed(project, "chapter", {}, [error])
     with pytest.raises(ProjectError, match="shows ValueError: bad"):
         book.assemble(project, "default")
+
+
+def test_records_are_written_and_then_read_by_the_notebook_that_adds_up(project):
+    """Their notebook runs last, whatever its name, and again when a record has changed."""
+    folder = project / "notebooks"
+    write_notebook(
+        folder / "experiment.ipynb",
+        "import pathlib; path = pathlib.Path(record); path.parent.mkdir(exist_ok=True)",
+        "path.write_text(str(removals))",
+        parameters='record = ""\nremovals: int = 20',
+    )
+    write_notebook(
+        folder / "adding_up.ipynb",
+        "import pathlib; print([path.read_text() for path in pathlib.Path(records).glob('*')])",
+        parameters='records = ""',
+    )
+    (project / "book" / "chapters" / "chapter.ipynb").unlink()
+    record = project / "build" / "default" / "records" / "experiment.json"
+
+    def states() -> dict[str, str]:
+        return {one.notebook.name: one.state for one in runner.run(project)}
+
+    assert states() == {"experiment": "executed", "adding_up": "executed"}
+    assert record.read_text() == "5"
+    executed = nbformat.read(project / "build/default/executed/adding_up.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].text == "['5']\n"
+    assert states() == {"experiment": "unchanged", "adding_up": "unchanged"}
+    record.unlink()
+    assert states() == {"experiment": "executed", "adding_up": "unchanged"}
+    write_profile(project, "experiment:\n  removals: 6\n")
+    assert states() == {"experiment": "executed", "adding_up": "executed"}
+    # A record that the profile puts elsewhere, among the notebook's own inputs.
+    write_profile(project, "experiment:\n  record: ../results.json\n")
+    assert states() == {"experiment": "executed", "adding_up": "unchanged"}
+    assert (project / "results.json").read_text() == "20"
+    assert states() == {"experiment": "unchanged", "adding_up": "unchanged"}

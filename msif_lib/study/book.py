@@ -33,6 +33,7 @@ from msif_lib.study.runner import (
     installed_version,
     is_current,
     lock,
+    parameters_of,
     read_profile,
 )
 
@@ -64,7 +65,7 @@ def assemble(root: Path, profile: str) -> Path:
         ignore=shutil.ignore_patterns("_build", ".ipynb_checkpoints", "*.failed.ipynb"),
     )
     for notebook in find_notebooks(root):
-        if not is_current(root, profile, notebook, profiles.get(notebook.name, {})):
+        if not is_current(root, profile, notebook, parameters_of(notebook, profiles, profile)):
             raise ProjectError(
                 f"notebook {notebook.name} is not executed in its present state; run "
                 f"python -m msif_lib.study.runner --profile {profile} {notebook.name}"

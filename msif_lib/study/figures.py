@@ -233,6 +233,11 @@ def forest(
         place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
         ax.text(1.02, row, str(estimate), fontsize=12, **place)
     ax.axvline(0, color=_GREY, linewidth=1)
+    _name_rows(ax, labels, xlabel)
+
+
+def _name_rows(ax: Axes, labels: Sequence[str], xlabel: str) -> None:
+    """Labels at the left, one a row, the first on top."""
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
@@ -294,10 +299,6 @@ def bars(
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.grid(axis="x", color="#E5E7EB", linewidth=0.8)
     ax.set_axisbelow(True)
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(False)
-    ax.set_xlabel(xlabel)
+    _name_rows(ax, labels, xlabel)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msif_lib.study.models import seeded
 from msif_lib.study.recurrence import chains, chains_plainly
 
 # Token ids. The padding token is also the one that losses leave out.
@@ -253,8 +254,7 @@ class LanguageModel(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.tokens = CharacterEncoder(sizes)
             self.layers = nn.ModuleList(
                 Chains(sizes.projection, sizes.cells, sizes.projection, clip)
@@ -312,8 +312,7 @@ class TokenPredictor(nn.Module):
         self, projection: int, vocabulary: int, seed: int = 0, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.scores = nn.Linear(projection, vocabulary).to(dtype)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
@@ -376,8 +375,7 @@ class SentenceClassifier(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.mix = nn.Parameter(torch.zeros(layers + 1))
             self.gamma = nn.Parameter(torch.ones(()))
             self.classify = nn.Sequential(

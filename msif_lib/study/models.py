@@ -7,7 +7,8 @@ retrained to an optimum hundreds of times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,14 @@ HEADS = ("linear", "mlp")
 
 # Up to this many input pixels the matrix form of a convolution is the faster one.
 _MATRIX_PIXELS = 64
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Initialise modules from this seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class PooledConv2d(nn.Conv2d):
@@ -158,8 +167,7 @@ def tanh_cnn(
             f"image_shape {tuple(image_shape)} is too small for {len(channels)} poolings; "
             "give fewer channels"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         layers: list[nn.Module] = []
         for out_channels in channels:
             layers.append(PooledConv2d(in_channels, out_channels, kernel_size, (height, width)))
@@ -201,8 +209,7 @@ def tanh_mlp(
     channels, height, width = _pixels(image_shape)
     if not hidden:
         raise ValueError("hidden must name at least one layer width")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         layers: list[nn.Module] = [nn.Flatten()]
         in_features = channels * height * width
         for out_features in hidden:
@@ -230,8 +237,7 @@ def linear_head(
     nn.Linear
         The head.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return nn.Linear(in_features, classes).to(dtype)
 
 
@@ -258,8 +264,7 @@ def mlp_head(
     nn.Sequential
         The head.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeded(seed):
         return nn.Sequential(
             nn.Linear(in_features, hidden), nn.Tanh(), nn.Linear(hidden, classes)
         ).to(dtype)

@@ -10,6 +10,10 @@ parameters that replace the defaults in its cell tagged ``parameters``::
       removals: 20
       seeds: [0, 1]
 
+Two parameters are given by the runner itself where the profile does not: to a notebook that
+declares ``record`` the file for its numbers, ``build/<profile>/records/<name>.json``; to one that
+declares ``records`` the folder of these files, and it runs after all the others.
+
 An executed copy is kept as ``build/<profile>/executed/<name>.ipynb`` with a key in its metadata, a
 hash of all that its outputs depend on: the notebook, the library, the parameters, the versions of
 the packages, and the files that the notebook's metadata list under ``msif.inputs`` (glob patterns
@@ -277,6 +281,35 @@ def _accepts(kind: str, value: Any) -> bool:
     return isinstance(value, accepted.get(kind, (object,)))
 
 
+def parameters_of(
+    notebook: Notebook, profiles: dict[str, dict[str, Any]], profile: str
+) -> dict[str, Any]:
+    """Return what a notebook is run with: the profile's parameters, and where records are.
+
+    Parameters
+    ----------
+    notebook
+        The notebook.
+    profiles
+        The profile's parameters by notebook.
+    profile
+        The profile's name.
+    """
+    declared = declared_parameters(notebook)
+    # From the notebook's folder, in which it runs.
+    up = "../" * (len(FOLDERS[notebook.section].parts))
+    folder = f"{up}build/{profile}/records"
+    given = {"record": f"{folder}/{notebook.name}.json", "records": folder}
+    own = {name: value for name, value in given.items() if name in declared}
+    return own | profiles.get(notebook.name, {})
+
+
+def _record_of(notebook: Notebook, parameters: dict[str, Any]) -> Path | None:
+    """Return the file that a notebook writes its numbers to, if any."""
+    record = parameters.get("record")
+    return (notebook.path.parent / record).resolve() if record else None
+
+
 def check_parameters(notebook: Notebook, parameters: dict[str, Any], profile: str) -> None:
     """Check names and types of a profile's parameters against the notebook's own.
 
@@ -349,6 +382,12 @@ def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str
     files = [path for path in (root / "msif_lib").rglob("*.py") if path.name not in NOT_IN_KEY]
     for pattern in source.metadata.get("msif", {}).get("inputs", []):
         files += root.glob(pattern)
+    if "records" in parameters:
+        folder = (notebook.path.parent / parameters["records"]).resolve()
+        files += folder.glob("*.json")
+    # What a run writes is no input of it.
+    own = _record_of(notebook, parameters)
+    files = [path for path in files if path != own]
     cells = [
         (cell.cell_type, cell.source, sorted(cell.metadata.get("tags", [])))
         for cell in source.cells
@@ -371,7 +410,7 @@ def executed_path(root: Path, profile: str, notebook: Notebook) -> Path:
 
 
 def is_current(root: Path, profile: str, notebook: Notebook, parameters: dict[str, Any]) -> bool:
-    """Return whether the executed copy exists and nothing that it depends on has changed.
+    """Return whether copy and record exist and nothing that they depend on has changed.
 
     Parameters
     ----------
@@ -390,7 +429,9 @@ def is_current(root: Path, profile: str, notebook: Notebook, parameters: dict[st
         kept = executed["metadata"]["msif"]["key"]
     except (FileNotFoundError, ValueError, KeyError):
         return False
-    return bool(kept == cache_key(root, notebook, parameters))
+    record = _record_of(notebook, parameters)
+    written = record is None or record.exists()
+    return written and bool(kept == cache_key(root, notebook, parameters))
 
 
 def _environment(root: Path, build: Path) -> dict[str, str]:
@@ -589,19 +630,23 @@ def run(
         If a name, the profile or a parameter is wrong; then nothing was executed.
     """
     profiles = read_profile(root, profile)
-    notebooks = find_notebooks(root, names)
-    for notebook in notebooks:
-        check_parameters(notebook, profiles.get(notebook.name, {}), profile)
+    work = []
+    for notebook in find_notebooks(root, names):
+        parameters = parameters_of(notebook, profiles, profile)
+        check_parameters(notebook, parameters, profile)
+        work.append((notebook, parameters))
+    # Those that read the others' records come last.
+    turns = [[one for one in work if ("records" in one[1]) == last] for last in (False, True)]
+    outcomes: list[Outcome] = []
     with lock(root / "build" / profile), ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        pending = [
-            pool.submit(execute, root, profile, notebook, profiles.get(notebook.name, {}))
-            for notebook in notebooks
-        ]
-        try:
-            return [future.result() for future in as_completed(pending)]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for turn in turns:
+            pending = [pool.submit(execute, root, profile, *one) for one in turn]
+            try:
+                outcomes += [future.result() for future in as_completed(pending)]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

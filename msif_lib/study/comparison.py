@@ -1,0 +1,137 @@
+"""What the paper claims in its section 4, as numbers, and the rule that judges ours beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_OPTIMUM = (
+    "The paper trains its stages for an unstated time and itself expects gradients that are not "
+    "zero. Here both stages are trained to a stationary point and retrained to one, so that what "
+    "remains is the error of a first-order prediction. The page on the "
+    "[correlations](correlation.ipynb) shows r as training goes on, and what is left when only a "
+    "part of an example's weight is removed."
+)
+_NOISE = (
+    "The paper's gain is smaller than the binomial standard error of its test accuracy, from one "
+    "model. The page on [cleansing](cleansing.ipynb) repeats the removal over seeds, chooses on "
+    "one half of the test images and measures on the other, and shows what planted noise changes."
+)
+_TASKS = (
+    "The raw size of a score depends on the test loss and on the finetuned head as well as on the "
+    "task. The page on [similar tasks](similarity.ipynb) separates these."
+)
+_SIZE = (
+    "The paper changes the number of examples and of steps at once. The page on the [size of the "
+    "finetuning set](finetune_size.ipynb) varies them one by one, and tests the forgetting filter "
+    "as the explanation."
+)
+_QUALITY = (
+    "The paper shows two pairs of images. The page on [misclassified images](misclassified.ipynb) "
+    "measures the quality of the most harmful examples against that of the others."
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One number of the paper, and how ours is held against it.
+
+    Attributes
+    ----------
+    name
+        Its key under ``"claims"`` in the records.
+    section
+        Where the paper makes it.
+    about
+        What it is, in a few words.
+    dataset
+        The paper's data set.
+    paper
+        The paper's number; None where it gives none.
+    paper_text
+        How the paper has it.
+    none
+        The value of no effect; None where the claim is not of an effect.
+    direction
+        +1 where the paper claims more than `none`, −1 where it claims less.
+    paper_interval
+        95 % interval of the paper's correlation, Fisher's for 100 points.
+    digits
+        After the point, in tables.
+    why
+        Where a difference is looked into.
+    """
+
+    name: str
+    section: str
+    about: str
+    dataset: str
+    paper: float | None
+    paper_text: str
+    none: float | None = 0.0
+    direction: int = 1
+    paper_interval: tuple[float, float] | None = None
+    digits: int = 2
+    why: str = ""
+
+
+CLAIMS = (
+    Claim("r_fixed_top", "4.1, Fig. 2a", "case 1, r with retraining", "cifar10", 0.6, "r = 0.6",
+          paper_interval=(0.46, 0.71), why=_OPTIMUM),
+    Claim("r_fixed_top", "4.1, Fig. A", "case 1, r with retraining, MNIST", "mnist", None,
+          "a plot without a number", why=_OPTIMUM),
+    Claim("r_updated_top", "4.1, Fig. 2b", "case 2, r with retraining", "cifar10", 0.46,
+          "r = 0.46", paper_interval=(0.29, 0.60), why=_OPTIMUM),
+    Claim("r_updated_plain", "4.1, Fig. 2b", "case 2, finetuned without the pull", "cifar10", 0.46,
+          "r = 0.46", why=_OPTIMUM),
+    Claim("r_identity_top", "4.1, Fig. 2c", "identity for the inverse Hessians", "mnist", 0.17,
+          "r = 0.17", none=None, paper_interval=(-0.03, 0.35)),
+    Claim("harmful_loss_quantile", "4.1, Fig. 3", "rank of the most harmful examples by own loss",
+          "cifar10", None, "“of low quality”, two pairs", none=0.5, why=_QUALITY),
+    Claim("harmful_knn_disagreement", "4.1, Fig. 3",
+          "neighbours of another class, most harmful less random", "cifar10", None,
+          "“of low quality”, two pairs", why=_QUALITY),
+    Claim("cleansing_accuracy_gain_10", "4.2", "accuracy without the 10 % most harmful, points",
+          "cifar10", 0.21, "58.15 → 58.36 %", why=_NOISE),
+    Claim("cleansing_random_gain_10", "4.2", "accuracy without 10 % at random, points", "cifar10",
+          -0.07, "58.15 → 58.08 %", direction=-1, why=_NOISE),
+    Claim("similarity_ratio", "4.3, Fig. B", "mean |I|, task alike over task unlike", "cifar10",
+          0.055 / 0.025, "0.055 / 0.025", none=1.0, why=_TASKS),
+    Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|, three times the examples and steps",
+          "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
+    Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score of the influence", "gop",
+          None, "a table of sentences"),
+)  # fmt: skip
+
+
+def verdict(claim: Claim, value: float, low: float, high: float) -> str:
+    """Judge one of our numbers, by its 95 % interval.
+
+    Parameters
+    ----------
+    claim
+        What the paper claims.
+    value, low, high
+        Our number and its interval.
+
+    Returns
+    -------
+    str
+        ``"not significant"`` where the interval holds the value of no effect, ``"opposite"``
+        where it lies on the other side of it, ``"reproduced"`` where it holds the paper's number
+        or there is none, else ``"stronger"`` or ``"weaker"``.
+
+    Raises
+    ------
+    ValueError
+        The value lies outside its interval.
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{claim.name}: {value} is not within its interval [{low}, {high}]")
+    if claim.none is not None:
+        if low <= claim.none <= high:
+            return "not significant"
+        if (value - claim.none) * claim.direction < 0:
+            return "opposite"
+    if claim.paper is None or low <= claim.paper <= high:
+        return "reproduced"
+    return "stronger" if (value - claim.paper) * claim.direction > 0 else "weaker"
