@@ -217,3 +217,94 @@ def linear_datamodeling_score(
         return values.mean(axis)
 
     return _bootstrap(mean, (each,), resamples, confidence, seed)
+
+
+def mean_estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+    """Mean of independent values ``(N,)``, one a seed say, with Student's t interval.
+
+    Parameters
+    ----------
+    values
+        At least two.
+    confidence
+        Level of the interval.
+
+    Returns
+    -------
+    Estimate
+        The mean with its interval.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two values, or some that are not finite.
+    """
+    sample = np.asarray(values, dtype=float)
+    if sample.ndim != 1 or len(sample) < 2:
+        raise ValueError(f"an interval needs a vector of at least 2 values, not {sample.shape}")
+    if not np.isfinite(sample).all():
+        raise ValueError("values must be finite")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    middle = float(sample.mean())
+    error = float(sample.std(ddof=1)) / len(sample) ** 0.5
+    half = error * float(scipy.stats.t.ppf((1 + confidence) / 2, len(sample) - 1))
+    return Estimate(middle, middle - half, middle + half)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two treatments of the same units: their mean, and its tests.
+
+    Attributes
+    ----------
+    difference
+        Mean difference with Student's interval.
+    t_test, wilcoxon
+        Two-sided p-values of the paired t-test and of Wilcoxon's signed-rank test.
+    """
+
+    difference: Estimate
+    t_test: float
+    wilcoxon: float
+
+
+def paired(after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95) -> Paired:
+    """Compare two treatments of the same units, such as seeds: `after` minus `before`.
+
+    Parameters
+    ----------
+    after, before
+        Values ``(N,)`` in the same order, at least two.
+    confidence
+        Level of the interval.
+
+    Returns
+    -------
+    Paired
+        Mean difference and p-values. Wilcoxon's is exact up to N = 13, ties and zeros included.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`mean_estimate`, or vectors of unequal length.
+    """
+    a, b = np.asarray(after, dtype=float), np.asarray(before, dtype=float)
+    if a.shape != b.shape:
+        raise ValueError(f"after and before must be of one length, not {a.shape} and {b.shape}")
+    differences = a - b
+    difference = mean_estimate(differences, confidence=confidence)
+    if np.ptp(differences) == 0:
+        # Student's t is 0/0 or infinite here.
+        t_test = 1.0 if difference.value == 0 else 0.0
+    else:
+        t_test = float(scipy.stats.ttest_1samp(differences, 0).pvalue)
+    return Paired(difference, t_test, _wilcoxon(differences))
+
+
+def _wilcoxon(differences: NDArray[np.float64]) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test by its permutation distribution."""
+    if np.count_nonzero(differences) < 2:  # both signs of a single difference are equally extreme
+        return 1.0
+    resampling = scipy.stats.PermutationMethod(n_resamples=9999, rng=np.random.default_rng(0))
+    return float(scipy.stats.wilcoxon(differences, method=resampling).pvalue)

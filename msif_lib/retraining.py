@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,18 @@ from msif_lib.fingerprint import fingerprint
 from msif_lib.jobs import as_finished
 from msif_lib.minimise import (
     BatchedObjective,
+    Descent,
     Minimum,
     Preconditioner,
     RowPreconditioner,
+    descend,
     minimise,
     minimise_near,
 )
 from msif_lib.preconditioner import Preconditioner as Sketch
 from msif_lib.stage import Stage, check_pair
 
-__all__ = ["Minimum", "Preconditioner", "Retraining", "minimise", "retrain_without"]
+__all__ = ["Descent", "Minimum", "Preconditioner", "Retraining", "minimise", "retrain_without"]
 
 # Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
 _DENSE_PARAMETERS = 4000
@@ -106,6 +108,7 @@ def retrain_without(
     cold_start: tuple[Stage, Stage] | None = None,
     tol: float = 1e-9,
     max_evaluations: int | None = None,
+    descent: Descent | None = None,
     models_at_once: int = 32,
     jobs: int | None = None,
     threads: int = 1,
@@ -140,6 +143,10 @@ def retrain_without(
         Norm of the gradient to be reached in each stage.
     max_evaluations
         Gradient evaluations allowed a stage; None: 5,000 warm, 20,000 cold.
+    descent
+        None: finetuning goes on to the tolerance. Otherwise it is plain, without a proximal term:
+        where case 1 has ended, with a head trained on the new W̄, embedding and head take these
+        steps.
     models_at_once
         Models trained together, one job; changes memory and speed, and of results the last bits.
     jobs
@@ -171,13 +178,16 @@ def retrain_without(
     ------
     ValueError
         A removal that is empty, repeats an index, lies outside the pretraining data or leaves
-        nothing of it; a mask of another length than the data; α ≤ 0; a `fraction` outside (0, 1];
+        nothing of it; a mask of another length than the data; α ≤ 0, or an α for a plain
+        finetuning; a `fraction` outside (0, 1];
         `tol` ≤ 0; `jobs` of 0; embeddings of the two stages that differ in parameter names or
         shapes; a stage of which each process reads a share.
     TypeError
         Removals that are indices, not sets of indices; indices that are no whole numbers.
     """
     _check_settings(alpha, fraction, tol)
+    if alpha is not None and descent is not None:
+        raise ValueError("plain finetuning (descent) has no proximal term; leave alpha out")
     if models_at_once < 1 or (max_evaluations is not None and max_evaluations < 1):
         raise ValueError("models_at_once and max_evaluations must be at least 1")
     if threads < 1 or jobs == 0:
@@ -202,6 +212,7 @@ def retrain_without(
         fraction=fraction,
         tol=tol,
         limit=max_evaluations or (20_000 if cold_start else 5000),
+        descent=descent,
     )
     # The first job removes nothing: what every removal is measured against.
     batches = [
@@ -261,13 +272,14 @@ class _Trainings:
     fraction: float
     tol: float
     limit: int
+    descent: Descent | None
     preconditioners: tuple[RowPreconditioner | None, ...] = (None, None)
 
     def settings(self) -> tuple[object, ...]:
         """What results depend on beside the stages, the removals and the test data."""
         return (
             self.starts, self.cold, self.alpha, self.renormalise, self.fraction, self.tol,
-            self.limit,
+            self.limit, self.descent,
         )  # fmt: skip
 
     def precondition(self, kept: Checkpoint, stages: tuple[str, str]) -> None:
@@ -309,6 +321,12 @@ class _Trainings:
             _batched(terms), start, self.tol, self.preconditioners[1], self.limit
         )
         x = torch.cat([embeddings, second.x], 1) if alpha is None else second.x
+        if self.descent is not None:
+            # With α = 0 the proximal objective is that of plain finetuning.
+            plain = _batched(_proximal_terms(finetune, embeddings, 0.0))
+            end = descend(plain, x, self.tol, self.descent)
+            x = end.x
+            second = replace(end, evaluations=second.evaluations + end.evaluations)
         tested = self.tested
         with torch.no_grad():
             losses = [

@@ -15,6 +15,8 @@ from msif_lib.evaluation import (
     Estimate,
     compare,
     linear_datamodeling_score,
+    mean_estimate,
+    paired,
     pearson,
     slope,
     spearman,
@@ -144,6 +146,30 @@ def test_the_linear_datamodeling_score_of_one_functional_is_spearman():
     assert linear_datamodeling_score(x[:, None], y[:, None]) == spearman(x, y)
 
 
+# --- means over seeds -----------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_is_that_of_the_t_test():
+    values = np.random.default_rng(3).normal(2.0, 1.0, 6)
+    interval = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.9)
+    expected = (values.mean(), interval.low, interval.high)
+    found = mean_estimate(values, confidence=0.9)
+    assert (found.value, found.low, found.high) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "at least 2 values"),
+        ([[1.0, 2.0]], "at least 2 values"),
+        ([1.0, float("nan")], "finite"),
+    ],
+)
+def test_what_has_no_interval(values, message):
+    with pytest.raises(ValueError, match=message):
+        mean_estimate(values)
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 
@@ -178,3 +204,40 @@ def test_arguments():
         linear_datamodeling_score(np.ones((3, 2, 2)), np.ones((3, 2, 2)))
     with pytest.raises(ValueError, match="constant"):
         linear_datamodeling_score(np.ones((3, 2)), np.arange(6.0).reshape(3, 2))
+
+
+def test_students_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(2000):
+        estimate = mean_estimate(rng.normal(1.0, 2.0, 6))
+        covered += estimate.low <= 1.0 <= estimate.high
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_paired_p_values_are_scipys():
+    rng = np.random.default_rng(2)
+    before = rng.normal(size=8)
+    after = before + rng.normal(0.5, 1, 8)
+    result = paired(after, before)
+    assert result.t_test == pytest.approx(scipy.stats.ttest_rel(after, before).pvalue)
+    assert result.wilcoxon == pytest.approx(scipy.stats.wilcoxon(after, before).pvalue)
+    assert result.difference.value == pytest.approx((after - before).mean())
+
+
+def test_paired_tests_bear_ties_zeros_and_constant_differences():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+        assert (same.t_test, same.wilcoxon, same.difference.value) == (1.0, 1.0, 0.0)
+        assert paired([1.0, 2.0, 4.0], [1.0, 2.0, 3.0]).wilcoxon == 1.0
+        shifted = paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+        assert (shifted.t_test, shifted.wilcoxon) == (0.0, 0.25)
+        # Two zeros dropped, four equal differences: 2 of the 16 sign patterns are as extreme.
+        tied = paired([1.0, 1.0, 1.0, 1.0, 0.0, 0.0], np.zeros(6))
+        assert tied.wilcoxon == pytest.approx(2 / 16)
+
+
+def test_pairs_must_be_of_one_length():
+    with pytest.raises(ValueError, match="one length"):
+        paired([1.0, 2.0], [1.0])

@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from msif_lib.study.figures import bars
+from msif_lib.evaluation import Estimate
+from msif_lib.study.figures import bars, forest
 
 
 def test_bars_write_their_values_out() -> None:
@@ -28,4 +29,12 @@ def test_bars_refuse_what_does_not_fit() -> None:
         bars(axis, ["a"], [1.0, 2.0], "ratio")
     with pytest.raises(ValueError, match="a logarithmic axis has no place for -2"):
         bars(axis, ["a", "b"], [1.0, -2.0], "ratio")
+    plt.close()
+
+
+def test_a_forest_marks_the_value_of_no_effect() -> None:
+    _, axis = plt.subplots()
+    forest(axis, ["a"], [Estimate(0.8, 0.7, 0.9)], "AUC", no_effect=0.5)
+    assert list(axis.lines[-1].get_xdata()) == [0.5, 0.5]
+    assert [text.get_text() for text in axis.texts] == ["0.80 [0.70, 0.90]"]
     plt.close()

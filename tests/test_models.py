@@ -30,20 +30,22 @@ def test_pooled_convolution_equals_convolution_then_pooling(size, kernel):
     torch.testing.assert_close(layer.double()(inputs), expected, rtol=0, atol=1e-13)
 
 
-def test_gradient_equals_that_of_convolution():
-    layer = PooledConv2d(1, 4, 3, (8, 8)).double()
+@pytest.mark.parametrize("side", [8, 13])  # a product of matrices, a convolution
+def test_gradient_equals_that_of_convolution(side):
+    layer = PooledConv2d(1, 4, 3, (side, side)).double()
     reference = nn.Conv2d(1, 4, 3, padding=1).double()
     reference.load_state_dict(layer.state_dict())
-    inputs = torch.randn(6, 1, 8, 8, dtype=torch.float64)
+    inputs = torch.randn(6, 1, side, side, dtype=torch.float64)
     layer(inputs).tanh().pow(2).sum().backward()
     F.avg_pool2d(reference(inputs), 2).tanh().pow(2).sum().backward()
     torch.testing.assert_close(layer.weight.grad, reference.weight.grad, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(layer.bias.grad, reference.bias.grad, rtol=1e-11, atol=1e-12)
 
 
-def test_many_models_at_once_and_second_derivatives_agree():
-    embedding = tanh_cnn((1, 8, 8), channels=(2, 3), seed=1)
-    inputs = torch.randn(7, 1, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("side", [8, 20])
+def test_many_models_at_once_and_second_derivatives_agree(side):
+    embedding = tanh_cnn((1, side, side), channels=(2, 3), seed=1)
+    inputs = torch.randn(7, 1, side, side, dtype=torch.float64)
     single = {name: value.detach() for name, value in embedding.named_parameters()}
     models = {
         name: value + 0.1 * torch.randn(4, *value.shape, dtype=value.dtype)

@@ -13,7 +13,8 @@ from problems import ALPHAS, F64, Problem, newton, relative_error, retrain
 from torch import Tensor, nn
 
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
-from msif_lib.retraining import Preconditioner, minimise, retrain_without
+from msif_lib.minimise import descend
+from msif_lib.retraining import Descent, Preconditioner, minimise, retrain_without
 from msif_lib.solvers import Dense
 from msif_lib.study.training import train
 
@@ -135,6 +136,33 @@ def test_the_preconditioner_is_the_inverse_of_the_absolute_value():
     assert torch.allclose(Preconditioner((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
 
 
+def test_descent_takes_the_steps_of_torch_s_sgd():
+    start = torch.linspace(-1, 1, 12, dtype=F64).view(2, 6)
+    steps = Descent(7, 0.02, momentum=0.8)
+    found = descend(logistic, start, 1e-10, steps)
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.SGD([x], lr=0.02, momentum=0.8)
+    for _ in range(7):
+        x.grad = logistic(x, torch.arange(2))[1]
+        optimizer.step()
+    assert torch.allclose(found.x, x.detach(), rtol=1e-12)
+    assert torch.allclose(found.gradient_norms, logistic(found.x, torch.arange(2))[1].norm(dim=1))
+    assert found.evaluations.tolist() == [8, 8]
+    assert not found.converged.any()
+    assert descend(logistic, start, 1e-10, Descent(2000, 0.1)).converged.all()
+
+
+@pytest.mark.parametrize("wrong", [(0, 0.1, 0.9), (3, 0.0, 0.9), (3, 0.1, 1.0), (3, 0.1, -0.1)])
+def test_a_descent_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValueError, match="a descent needs"):
+        Descent(*wrong)
+
+
+def test_a_descent_that_diverges_says_so():
+    with pytest.raises(FloatingPointError, match="lower its learning rate"):
+        descend(rosenbrock, torch.full((1, 4), 3.0, dtype=F64), 1e-9, Descent(60, 10.0))
+
+
 # --- retrain_without -----------------------------------------------------------------------------
 
 
@@ -218,6 +246,36 @@ def test_networks_retrain_to_minima(name):
                 tuned = retrain(lambda v, w=w, a=alpha: problem.proximal(v, w, a), near)
                 losses = problem.test_losses(*problem.split(tuned))
             assert relative_error(found.losses[number], losses) < 1e-7
+
+
+def test_plain_finetuning_is_sgd_from_the_end_of_case_1(mlp):
+    first, second = mlp.stages()
+    descent = Descent(6, 0.1, 0.7)
+    removal = [1, 4]
+    found = retrain_without(
+        first, second, [removal], mlp.test_data, fraction=0.1, descent=descent, **QUIET
+    )
+    for share, losses in ((1.0, found.losses_before), (0.9, found.losses[0])):
+        weights = torch.full((mlp.spec.m,), 1 / mlp.spec.m, dtype=F64)
+        weights[removal] *= share
+        theta = retrain(lambda v, c=weights: mlp.pretraining(v, c), mlp.pretrained)
+        w = mlp.split(theta)[0]
+        head = retrain(lambda v, w=w: mlp.finetuning(w, v), mlp.finetuned)
+        x = torch.cat([w, head]).requires_grad_()
+        optimizer = torch.optim.SGD([x], descent.learning_rate, descent.momentum)
+        for _ in range(descent.steps):
+            optimizer.zero_grad()
+            mlp.finetuning(*mlp.split(x)).backward()
+            optimizer.step()
+        assert not torch.allclose(x[: len(w)], w, atol=1e-3)
+        assert relative_error(losses, mlp.test_losses(*mlp.split(x.detach()))) < 1e-7
+    assert not found.converged.any()
+    assert found.evaluations[0, 1] > 7  # those of the head come first
+
+
+def test_plain_finetuning_has_no_proximal_term(mlp):
+    with pytest.raises(ValueError, match="leave alpha out"):
+        retrain_without(*mlp.stages(1.3), [[0]], mlp.test_data, alpha=1.3, descent=Descent(3, 0.1))
 
 
 def test_how_many_models_run_together_changes_nothing(mlp):

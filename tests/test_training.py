@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from msif_lib import Stage, cross_entropy
-from msif_lib.study.training import TrainingWarning, train
+from msif_lib.study import training
+from msif_lib.study.training import TrainingWarning, train, train_kept
 
 F64 = torch.float64
 
@@ -113,3 +116,26 @@ def test_the_same_seed_gives_the_same_model() -> None:
 def test_refuses(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(small_stage(), **arguments)
+
+
+def test_a_kept_training_is_read_and_another_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = small_stage()
+    report = train_kept(first, 1e-8, checkpoint=tmp_path, seed=3)
+    assert report == train_kept(small_stage(), 1e-8, seed=3)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "train", refuse)
+    again = small_stage()
+    assert train_kept(again, 1e-8, checkpoint=tmp_path, seed=3) == report
+    assert torch.equal(again.vector(), first.vector())
+    for other, settings in (
+        (small_stage(), {"seed": 4}),
+        (small_stage(), {"seed": 3, "head_only": True}),
+        (small_stage(seed=1), {"seed": 3}),
+    ):
+        with pytest.raises(AssertionError, match="trained again"):
+            train_kept(other, 1e-8, checkpoint=tmp_path, **settings)

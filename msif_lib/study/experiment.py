@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from msif_lib.checkpoint import Checkpoint, software
-from msif_lib.fingerprint import fingerprint
 from msif_lib.influence import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
 from msif_lib.solvers import MinRes, Solver
 from msif_lib.stage import Stage, cross_entropy
 from msif_lib.study.datasets import TwoStageData
 from msif_lib.study.models import build_model
-from msif_lib.study.training import TrainingReport, train
+from msif_lib.study.training import TrainingReport, train_kept
 
 Case = Literal["fixed", "updated"]
-
-# How the numbers of a report are kept as tensors.
-_KINDS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 #: What the cases are called in tables and figures.
 LABELS: dict[Case, str] = {
@@ -176,13 +170,17 @@ def train_two_stages(
         embedding, head = (copy.deepcopy(part).to(setting.device) for part in (embedding, head))
         return Stage(embedding, head, cross_entropy, on_device(pair), l2=l2)
 
-    kept = Checkpoint(checkpoint)
+    def trained(stage: Stage, epochs: int, **more: Any) -> TrainingReport:
+        return train_kept(
+            stage, setting.gradient_tol, checkpoint=checkpoint, seed=seed, epochs=epochs, **more
+        )
+
     epochs = setting.epochs if start is None else 0
 
     pretrain = stage(embedding, pretrain_head, (inputs, targets), setting.l2_pretrain)
     if start is not None:
         pretrain.load_vector(start.pretrain.vector())
-    reports = {"pretraining": _train(pretrain, kept, setting, seed, epochs)}
+    reports = {"pretraining": trained(pretrain, epochs)}
     w_bar = pretrain.embedding_vector()
     if w_bar.abs().max() < 1e-3:
         raise ValueError(
@@ -192,15 +190,13 @@ def train_two_stages(
     fixed = stage(pretrain.embedding, finetune_head, data.finetune, setting.l2_finetune)
     if start is not None and "fixed" in start.finetuned:
         fixed.load_vector(torch.cat([w_bar, start.finetuned["fixed"].head_vector()]))
-    reports["fixed"] = _train(fixed, kept, setting, seed, epochs, head_only=True)
+    reports["fixed"] = trained(fixed, epochs, head_only=True)
     finetuned: dict[Case, Stage] = {"fixed": fixed}
     if "updated" in cases:
         updated = stage(fixed.embedding, fixed.head, data.finetune, setting.l2_finetune)
         if start is not None and "updated" in start.finetuned:
             updated.load_vector(start.finetuned["updated"].vector())
-        reports["updated"] = _train(
-            updated, kept, setting, seed, 0, towards=w_bar, alpha=setting.alpha
-        )
+        reports["updated"] = trained(updated, 0, towards=w_bar, alpha=setting.alpha)
         finetuned["updated"] = updated
     return Trained(
         pretrain=pretrain,
@@ -209,24 +205,3 @@ def train_two_stages(
         alpha=setting.alpha,
         reports=reports,
     )
-
-
-def _train(
-    stage: Stage, kept: Checkpoint, setting: Setting, seed: int, epochs: int, **more: Any
-) -> TrainingReport:
-    """Train a stage in place, or read what an earlier call came to."""
-    name = "training-" + fingerprint(
-        software(), setting, seed, epochs, more, stage.vector(), stage.examples.tensors()
-    )
-    found = kept.get(name)
-    if found is None:
-        report = train(stage, setting.gradient_tol, seed=seed, epochs=epochs, **more)
-        values = {
-            field: torch.tensor(value, dtype=_KINDS[type(value)])
-            for field, value in dataclasses.asdict(report).items()
-        }
-        kept.put(name, {"vector": stage.vector(), **values})
-        return report
-    stage.load_vector(found.pop("vector"))
-    numbers: dict[str, Any] = {field: value.item() for field, value in found.items()}
-    return TrainingReport(**numbers)

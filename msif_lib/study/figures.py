@@ -200,6 +200,7 @@ def forest(
     estimates: Sequence[Estimate],
     xlabel: str = "Pearson r, 95 % interval",
     colors: Sequence[str] | None = None,
+    no_effect: float = 0.0,
 ) -> None:
     """Plot estimates with their intervals, one a row, the first on top.
 
@@ -215,6 +216,8 @@ def forest(
         What is estimated.
     colors : sequence of str, optional
         One for each estimate.
+    no_effect : float
+        Where a vertical line stands.
 
     Raises
     ------
@@ -232,7 +235,7 @@ def forest(
         ax.plot(estimate.value, row, "o", color=color, markersize=8)
         place: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "va": "center"}
         ax.text(1.02, row, str(estimate), fontsize=12, **place)
-    ax.axvline(0, color=_GREY, linewidth=1)
+    ax.axvline(no_effect, color=_GREY, linewidth=1)
     _name_rows(ax, labels, xlabel)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -21,8 +23,10 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from msif_lib.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
 from msif_lib.data import map_leaves
+from msif_lib.fingerprint import fingerprint
 from msif_lib.solvers import ConjugateGradient, SolverWarning
 from msif_lib.stage import Stage
 
@@ -35,6 +39,8 @@ _ESCAPES = 10
 _FLAT = 1e-5
 # Up to this many parameters eigenvalues come from the dense Hessian.
 _SMALL = 100
+# How the numbers of a report are kept as tensors.
+_KINDS = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 class TrainingWarning(UserWarning):
@@ -179,6 +185,48 @@ def train(
             stacklevel=2,
         )
     return report
+
+
+def train_kept(
+    stage: Stage, tol: float = 1e-8, *, checkpoint: str | Path | None = None, **settings: Any
+) -> TrainingReport:
+    """Train a stage in place as :func:`train` does, or read what the same call came to before.
+
+    Parameters
+    ----------
+    stage, tol
+        As for :func:`train`; the stage's data are in memory.
+    checkpoint
+        A folder that keeps each training; None: nothing is kept.
+    settings
+        What else :func:`train` takes.
+
+    Returns
+    -------
+    TrainingReport
+        As of :func:`train`.
+
+    Warns
+    -----
+    TrainingWarning
+        The tolerance was not reached, in a training that was not read.
+    """
+    if checkpoint is None:
+        return train(stage, tol, **settings)
+    kept = Checkpoint(checkpoint)
+    name = f"training-{fingerprint(stage_fingerprint(stage), tol, settings)}"
+    found = kept.get(name)
+    if found is None:
+        report = train(stage, tol, **settings)
+        values = {
+            field: torch.tensor(value, dtype=_KINDS[type(value)])
+            for field, value in asdict(report).items()
+        }
+        kept.put(name, {"vector": stage.vector(), **values})
+        return report
+    stage.load_vector(found.pop("vector"))
+    numbers: dict[str, Any] = {field: value.item() for field, value in found.items()}
+    return TrainingReport(**numbers)
 
 
 def _objective(
