@@ -8,33 +8,33 @@ _OPTIMUM = (
     "The paper trains its stages for an unstated time and itself expects gradients that are not "
     "zero. Here both stages are trained to a stationary point and retrained to one, so that what "
     "remains is the error of a first-order prediction. The page on the "
-    "[correlations](correlation.ipynb) shows r as training goes on, and what is left when only a "
+    "[correlations](correlation.html) shows r as training goes on, and what is left when only a "
     "part of an example's weight is removed."
 )
 _PLAIN = (
     "Equation 12 holds for finetuning with a pull towards the pretrained embedding. Plain "
     "finetuning stops early instead, which is no optimum of anything; the page on the "
-    "[correlations](correlation.ipynb) shows the scores that are carried through its steps beside "
+    "[correlations](correlation.html) shows the scores that are carried through its steps beside "
     "those of equation 12."
 )
 _NOISE = (
     "The paper's gain is smaller than the binomial standard error of its test accuracy, from one "
-    "model. The page on [cleansing](cleansing.ipynb) repeats the removal over seeds, chooses on "
+    "model. The page on [cleansing](cleansing.html) repeats the removal over seeds, chooses on "
     "images that no stage has seen and measures on the test images, and shows what training again "
     "from other initial weights does alone."
 )
 _TASKS = (
     "The raw size of a score goes with the test loss and with all else that sets one task apart "
-    "from another. The page on [similar tasks](similarity.ipynb) compares all pairs of several "
+    "from another. The page on [similar tasks](similarity.html) compares all pairs of several "
     "tasks, so that these cancel, and takes the score apart."
 )
 _SIZE = (
     "The paper changes the number of examples and of steps at once. The page on the [size of the "
-    "finetuning set](finetune_size.ipynb) varies them one by one, and tests the forgetting filter "
+    "finetuning set](finetune_size.html) varies them one by one, and tests the forgetting filter "
     "as the explanation."
 )
 _QUALITY = (
-    "The paper shows two pairs of images. The page on [misclassified images](misclassified.ipynb) "
+    "The paper shows two pairs of images. The page on [misclassified images](misclassified.html) "
     "measures the quality of the most harmful examples against that of the others."
 )
 
@@ -86,28 +86,28 @@ CLAIMS = (
     Claim("r_fixed_top", "4.1, Fig. 2a", "case 1, r with retraining", "cifar10", 0.6, "r = 0.6",
           paper_interval=(0.46, 0.71), why=_OPTIMUM),
     Claim("r_fixed_top", "4.1, Fig. A", "case 1, r with retraining, MNIST", "mnist", None,
-          "a plot without a number", why=_OPTIMUM),
+          "a plot", why=_OPTIMUM),
     Claim("r_updated_top", "4.1, Fig. 2b", "case 2, r with retraining", "cifar10", 0.46,
           "r = 0.46", paper_interval=(0.29, 0.60), why=_OPTIMUM),
     Claim("r_updated_plain", "4.1, Fig. 2b", "case 2, finetuned without the pull", "cifar10", 0.46,
           "r = 0.46", why=_PLAIN),
     Claim("r_identity_top", "4.1, Fig. 2c", "identity for the inverse Hessians", "mnist", 0.17,
           "r = 0.17", none=None, paper_interval=(-0.03, 0.35)),
-    Claim("harmful_loss_quantile", "4.1, Fig. 3", "rank of the most harmful examples by own loss",
-          "cifar10", None, "“of low quality”, two pairs", none=0.5, why=_QUALITY),
+    Claim("harmful_loss_quantile", "4.1, Fig. 3", "rank by own loss, most harmful",
+          "cifar10", None, "“low quality”", none=0.5, why=_QUALITY),
     Claim("harmful_knn_disagreement", "4.1, Fig. 3",
-          "neighbours of another class, most harmful less random", "cifar10", None,
-          "“of low quality”, two pairs", why=_QUALITY),
-    Claim("cleansing_accuracy_gain_10", "4.2", "accuracy without the 10 % most harmful, points",
+          "other-class neighbours, over random", "cifar10", None,
+          "“low quality”", why=_QUALITY),
+    Claim("cleansing_accuracy_gain_10", "4.2", "10 % most harmful removed, points",
           "cifar10", 0.21, "58.15 → 58.36 %", why=_NOISE),
-    Claim("cleansing_random_gain_10", "4.2", "accuracy without 10 % at random, points", "cifar10",
+    Claim("cleansing_random_gain_10", "4.2", "10 % at random removed, points", "cifar10",
           -0.07, "58.15 → 58.08 %", direction=-1, why=_NOISE),
-    Claim("similarity_ratio", "4.3, Fig. B", "mean |I|, task alike over task unlike", "cifar10",
+    Claim("similarity_ratio", "4.3, Fig. B", "mean |I|, like task over unlike", "cifar10",
           0.055 / 0.025, "0.055 / 0.025", none=1.0, why=_TASKS),
-    Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|, three times the examples and steps",
+    Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|, 3 × examples and steps",
           "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
-    Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score of the influence", "gop",
-          None, "a table of sentences"),
+    Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score", "gop",
+          None, "a table"),
 )  # fmt: skip
 
 
