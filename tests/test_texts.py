@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import math
 import os
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from msif_lib.study import texts
 from msif_lib.study.datasets import DataFileError
-from msif_lib.study.texts import bm25, load_texts, prose, tokenise, tweet_start, two_stage_texts
+from msif_lib.study.texts import load_texts, prose, tokenise, tweet_start, two_stage_texts
 
 REAL_DATA = os.environ.get("MSIF_DATA")
 
@@ -178,27 +177,6 @@ def test_same_seed_same_draw():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         two_stage_texts(**arguments)
-
-
-def test_bm25_is_its_formula_written_out():
-    documents = [["a", "b"], ["A", "a", "c", "d"], ["e", "f", "c"]]
-    found = bm25([["a"], ["c", "e", "zebra", "c"]], documents)
-
-    def weight(held):
-        return math.log(1 + (3 - held + 0.5) / (held + 0.5))
-
-    def share(times, length):
-        return times * 2.2 / (times + 1.2 * (0.25 + 0.75 * length / 3))
-
-    expected = torch.tensor(
-        [
-            [weight(2) * share(1, 2), 0.0],
-            [weight(2) * share(2, 4), weight(2) * share(1, 4)],
-            [0.0, weight(2) * share(1, 3) + weight(1) * share(1, 3)],
-        ],
-        dtype=torch.float64,
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="MSIF_DATA names no folder of data files")

@@ -23,7 +23,6 @@ import gzip
 import hashlib
 import html
 import io
-import math
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -399,38 +398,3 @@ def two_stage_texts(
         finetune_labels=finetune_labels,
         test_labels=test_labels,
     )
-
-
-def bm25(
-    queries: Sequence[Sequence[str]],
-    documents: Sequence[Sequence[str]],
-    k1: float = 1.2,
-    b: float = 0.75,
-) -> Tensor:
-    """Relevance of documents to queries by shared words (Robertson & Zaragoza 2009).
-
-    Parameters
-    ----------
-    queries, documents
-        T and m lists of tokens; upper and lower case are the same.
-    k1, b
-        How soon repetitions stop to count, and how much length does.
-
-    Returns
-    -------
-    Tensor
-        ``(m, T)``, float64.
-    """
-    counts = [Counter(token.lower() for token in document) for document in documents]
-    lengths = [sum(count.values()) for count in counts]
-    mean = sum(lengths) / len(lengths)
-    spread = Counter(token for count in counts for token in count)
-    found = torch.zeros(len(documents), len(queries), dtype=torch.float64)
-    for column, query in enumerate(queries):
-        for token in {token.lower() for token in query} & spread.keys():
-            rarity = math.log(1 + (len(documents) - spread[token] + 0.5) / (spread[token] + 0.5))
-            for row, count in enumerate(counts):
-                if token in count:
-                    damped = count[token] + k1 * (1 - b + b * lengths[row] / mean)
-                    found[row, column] += rarity * count[token] * (k1 + 1) / damped
-    return found
