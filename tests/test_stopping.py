@@ -104,7 +104,8 @@ def test_plain_finetuning_follows_the_descent() -> None:
     assert torch.equal(path[0], start)
 
 
-def test_the_gradient_through_the_steps_is_that_of_finite_differences() -> None:
+@pytest.mark.parametrize("alpha", [0.0, 0.07])
+def test_the_gradient_through_the_steps_is_that_of_finite_differences(alpha: float) -> None:
     _, stage = stages()
     steps = Descent(12, 0.2, 0.7)
     start = stage.vector()
@@ -113,11 +114,11 @@ def test_the_gradient_through_the_steps_is_that_of_finite_differences() -> None:
     def end_from(x: Tensor) -> Tensor:
         moved = copy.deepcopy(stage)
         moved.load_vector(x)
-        finetune_plainly(moved, steps)
+        finetune_plainly(moved, steps, alpha)
         return at_end @ moved.vector()
 
-    path = finetune_plainly(stage, steps)
-    found = through_steps(stage, path, steps, at_end)
+    path = finetune_plainly(stage, steps, alpha)
+    found = through_steps(stage, path, steps, {12: at_end}, alpha)[12]
     assert torch.equal(stage.vector(), start)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):

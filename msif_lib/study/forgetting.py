@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from msif_lib.curvature import CrossHessian, Hessian
+from msif_lib.minimise import Descent
 from msif_lib.solvers import Dense, MinRes, Solver
 from msif_lib.stage import Stage
 from msif_lib.storage import sweep
+from msif_lib.study.stopping import finetune_plainly, through_steps
 
 
 @dataclass(frozen=True)
@@ -91,39 +93,21 @@ def descend(
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, not {alpha}")
     work = stage.to(stage.dtype, stage.device)
-    pull = torch.zeros_like(work.vector())
-    pull[: work.embedding_size] = 2 * alpha
-    start, last = work.vector(), max(steps)
-    path = [start]
-    for _ in range(last):
-        theta = path[-1]
-        gradient = work.objective_and_gradient(theta)[1] + pull * (theta - start)
-        path.append(theta - learning_rate * gradient)
+    path = [work.vector()]
+    descent = Descent(max(1, *steps), learning_rate, momentum=0.0)
+    if max(steps):
+        path = [*finetune_plainly(work, descent, alpha), work.vector()]
     if not path[-1].isfinite().all():
         raise FloatingPointError(
             f"gradient descent diverges at learning rate {learning_rate}; lower it"
         )
-
-    # Columns of one matrix: dq/dθ_j of every stop that lies at or behind step j.
-    stops = sorted(set(steps), reverse=True)
-    tested = {k: _test(work, path[k], test) for k in stops}
-    carried = start.new_zeros(len(start), 0)
-    direct = start.new_zeros(work.embedding_size, 0)  # what came in through the pull
-    for j in range(last, -1, -1):
-        if j < last:
-            direct = direct + learning_rate * (pull[:, None] * carried)[: work.embedding_size]
-            work.load_vector(path[j])
-            bent = Hessian(work, memory_budget=0) @ carried + pull[:, None] * carried
-            carried = carried - learning_rate * bent
-        if j in tested:
-            carried = torch.cat([carried, tested[j][2][:, None]], 1)
-            direct = torch.cat([direct, direct.new_zeros(len(direct), 1)], 1)
-    sensitivities = direct + carried[: work.embedding_size]
-    found = {
-        k: Stopped(path[k], tested[k][0], tested[k][1], sensitivities[:, column])
-        for column, k in enumerate(stops)
+    tested = {k: _test(work, path[k], test) for k in sorted(set(steps))}
+    stops = {k: gradient for k, (_, _, gradient) in tested.items()}
+    of_start = through_steps(work, path, descent, stops, alpha)
+    return {
+        k: Stopped(path[k], loss, accuracy, of_start[k][: work.embedding_size])
+        for k, (loss, accuracy, _) in tested.items()
     }
-    return {k: found[k] for k in sorted(found)}
 
 
 def _test(stage: Stage, vector: Tensor, test: tuple[Tensor, Tensor]) -> tuple[float, float, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 
 from msif_lib.curvature import Hessian
@@ -164,7 +164,7 @@ def _heads(stage: Stage, embeddings: Tensor, tol: float) -> Tensor:
     return minimise(objective, start, tol, max_evaluations=_EVALUATIONS).x
 
 
-def finetune_plainly(stage: Stage, descent: Descent) -> list[Tensor]:
+def finetune_plainly(stage: Stage, descent: Descent, alpha: float = 0.0) -> list[Tensor]:
     """Take a stage's parameters down its objective, embedding and head, in place.
 
     Parameters
@@ -173,47 +173,75 @@ def finetune_plainly(stage: Stage, descent: Descent) -> list[Tensor]:
         The finetuning stage where case 1 has ended.
     descent
         The steps.
+    alpha
+        α of a pull α‖W − W̄‖² towards the embedding where it begins; 0: none.
 
     Returns
     -------
     list of Tensor
         Where each step began, ``(p,)`` each; the end is in `stage`.
     """
-    x, path = stage.vector(), []
+    start = x = stage.vector()
+    pull, path = _pull(stage, alpha), []
     velocity = torch.zeros_like(x)
     for _ in range(descent.steps):
         path.append(x)
-        gradient = stage.objective_and_gradient(x)[1]
+        gradient = stage.objective_and_gradient(x)[1] + pull * (x - start)
         velocity = descent.momentum * velocity - descent.learning_rate * gradient
         x = x + velocity
     stage.load_vector(x)
     return path
 
 
-def through_steps(stage: Stage, path: Sequence[Tensor], descent: Descent, at_end: Tensor) -> Tensor:
-    """Gradient with respect to where a plain finetuning began, from that with respect to its end.
+def through_steps(
+    stage: Stage,
+    path: Sequence[Tensor],
+    descent: Descent,
+    stops: Mapping[int, Tensor],
+    alpha: float = 0.0,
+) -> dict[int, Tensor]:
+    """Gradients with respect to where a plain finetuning began, from those where it stopped.
 
-    The chain rule backwards through the steps x ← x + v, v ← β v − η ∇F(x): one Hessian-vector
-    product a step, taken at the points of the path.
+    The chain rule backwards through the steps x ← x + v, v ← β v − η (∇F(x) + 2α (W − W̄)): one
+    product with the Hessian a step, taken at the points of the path, serves all stops.
 
     Parameters
     ----------
     stage
         The finetuning stage; its parameters are left where the path began.
-    path, descent
+    path, descent, alpha
         As :func:`finetune_plainly` returned and was given.
-    at_end
-        Gradient of a function of the end, ``(p,)``.
+    stops
+        By number of steps k, from 0 to the path's length: the gradient ``(p,)`` of a function of
+        the parameters after k steps.
 
     Returns
     -------
-    Tensor
-        Gradient of the same with respect to ``path[0]``, ``(p,)``.
+    dict
+        By number of steps, the gradient of the same with respect to ``path[0]``, ``(p,)``, which
+        is also where the pull leads.
     """
-    of_x, of_v = at_end.clone(), torch.zeros_like(at_end)
-    for x in reversed(path):
-        stage.load_vector(x)
-        of_step = of_x + of_v
-        of_x = of_x - descent.learning_rate * (Hessian(stage) @ of_step)
-        of_v = descent.momentum * of_step
-    return of_x
+    last, rate, pull = max(stops), descent.learning_rate, _pull(stage, alpha)[:, None]
+    # A column for every stop that lies at or behind the step, the latest stop first.
+    of_x = of_v = of_start = stage.vector().new_zeros(len(pull), 0)
+    for k in range(last, -1, -1):
+        if k < last:
+            stage.load_vector(path[k])
+            of_step = of_x + of_v
+            # Linearising pays over many products; here each Hessian is used once.
+            bent = Hessian(stage, memory_budget=0) @ of_step + pull * of_step
+            of_x = of_x - rate * bent
+            of_v = descent.momentum * of_step
+            of_start = of_start + rate * pull * of_step
+        if k in stops:
+            of_x = torch.cat([of_x, stops[k][:, None]], 1)
+            of_v, of_start = (nn.functional.pad(rest, (0, 1)) for rest in (of_v, of_start))
+    columns = (of_x + of_start).unbind(1)
+    return dict(zip(sorted(stops, reverse=True), columns, strict=True))
+
+
+def _pull(stage: Stage, alpha: float) -> Tensor:
+    """The diagonal of the Hessian of α‖W − W̄‖², ``(p,)``."""
+    pull = torch.zeros_like(stage.vector())
+    pull[: stage.embedding_size] = 2 * alpha
+    return pull
