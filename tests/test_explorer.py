@@ -244,10 +244,11 @@ def test_it_fits_a_telephone_and_is_legible_in_both_themes(fresh, theme, width) 
         "Emulation.setDeviceMetricsOverride",
         width=width, height=800, deviceScaleFactor=1, mobile=False,
     )  # fmt: skip
-    background = "#ffffff" if theme == "light" else "#121212"
+    # On a card of the other kind, as themes have them.
+    card = "white" if theme == "dark" else "black"
     fresh.run(
         f"document.documentElement.dataset.theme = '{theme}';"
-        f"document.body.style.background = '{background}'"
+        f"document.body.style.background = '{card}'"
     )
     assert fresh.run("document.documentElement.scrollWidth") <= width
     sizes = fresh.run(
@@ -255,14 +256,17 @@ def test_it_fits_a_telephone_and_is_legible_in_both_themes(fresh, theme, width) 
         ".filter(n => n.textContent).map(n => parseFloat(getComputedStyle(n).fontSize))"
     )
     assert min(sizes) >= 12.5
-    colors = fresh.run(
-        "['color', '--accent', '--quiet'].map(name => { const n = document.createElement('i');"
-        "n.style.color = name === 'color' ? 'inherit' : `var(${name})`;"
+    *colors, paper = fresh.run(
+        "['--ink', '--accent', '--quiet', '--paper'].map(name => {"
+        "const n = document.createElement('i'); n.style.color = `var(${name})`;"
         "document.querySelector('.msif-explorer').append(n);"
         "const c = getComputedStyle(n).color; n.remove(); return c.match(/\\d+/g).map(Number); })"
     )
-    paper = [int(background[k : k + 2], 16) for k in (1, 3, 5)]
     assert min(contrast(color, paper) for color in colors) >= 4.5
+    behind = fresh.run(
+        "getComputedStyle(document.querySelector('.msif-explorer')).backgroundColor.match(/\\d+/g)"
+    )
+    assert [int(value) for value in behind] == paper
 
 
 def contrast(one: list[int], other: list[int]) -> float:
