@@ -178,7 +178,7 @@ def check(name: str, function: Callable[..., Any]) -> Verdict:
     problems = exercise.problems()
     try:
         answers = [_answer(function, exercise, problem) for problem in problems]
-        error = _judge(exercise, problems, answers)
+        reached = _judge(exercise, problems, answers)
     except _NotDone:
         message = f"The function returned nothing yet. Wanted: {exercise.returns}"
         return Verdict(name, "not done", "", message)
@@ -187,9 +187,7 @@ def check(name: str, function: Callable[..., Any]) -> Verdict:
         if isinstance(wrong, _Raised):
             kind, message = _explain_exception(function, exercise, kind, message)
         return Verdict(name, "failed", kind, f"{message} Wanted: {exercise.returns}", exercise.hint)
-    return Verdict(
-        name, "passed", "", f"{error} on each of {len(problems)} problems of different size."
-    )
+    return Verdict(name, "passed", "", reached)
 
 
 def _answer(function: Callable[..., Any], exercise: Exercise, problem: Problem) -> Array:
@@ -342,7 +340,10 @@ def _judge(exercise: Exercise, problems: Sequence[Problem], answers: Sequence[Ar
         return outcome.message
     errors = [relative_error(x, p.truth) for x, p in zip(answers, problems, strict=True)]
     if max(errors) <= exercise.tolerance:
-        return f"Relative error at most {max(errors):.0e}"
+        return (
+            f"The relative error is at most {max(errors):.0e} on {len(problems)} problems of "
+            "different size."
+        )
     named = _named(exercise, problems, answers)
     if named:
         raise _Wrong(*named)
@@ -401,7 +402,7 @@ def _unnamed(
         float(np.linalg.norm(x - c * p.truth) / np.linalg.norm(x)) if x.any() else 1.0
         for x, c, p in zip(answers, scales, problems, strict=True)
     ]
-    if max(left) <= 10 * exercise.tolerance:
+    if max(left) <= min(10 * exercise.tolerance, 0.01):
         listed = ", ".join(f"{c:.3g}" for c in scales)
         return (
             "wrong factor",
@@ -419,7 +420,7 @@ def _unnamed(
         "not recognised",
         f"Wrong on {wrong} of {len(problems)} problems, with a relative error of up to "
         f"{max(errors):.2g}, and by none of the usual mistakes alone: there may be two at once. "
-        "Take the formula term by term.",
+        f"Take the formula term by term. Also, {exercise.inexact}",
     )
 
 

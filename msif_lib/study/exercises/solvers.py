@@ -191,14 +191,19 @@ def _judge_cg(problems: Sequence[Problem], answers: Sequence[Array]) -> Outcome:
     if any(missed):
         scales = [float(np.linalg.norm(p.calls[0][1].numpy())) for p in problems]
         absolute = [r * s <= 2 * t for r, s, t in zip(residuals, scales, tols, strict=True)]
-        squared = [r * r <= 2 * t for r, t in zip(residuals, tols, strict=True)]
+        # Where the rule is rᵀr ≤ tol·bᵀb, what is missed lies just below the root of tol.
+        roots = [
+            0.03 < r / np.sqrt(t) < 1.5
+            for r, t, bad in zip(residuals, tols, missed, strict=True)
+            if bad
+        ]
         if all(absolute):
             return Outcome(
                 "absolute tolerance",
                 f"{found} The residual was compared with tol itself; compare it with tol times "
                 "‖b‖, or a small right-hand side counts as solved at once.",
             )
-        if all(squared) and all(missed):
+        if all(roots):
             return Outcome(
                 "unconverged solve (squared norm)",
                 f"{found} They look like square roots of what was asked: is the squared norm rᵀr "
@@ -219,7 +224,7 @@ def _judge_cg(problems: Sequence[Problem], answers: Sequence[Array]) -> Outcome:
             "descent does that, if the part of the old direction is missing from the new one, and "
             "so does forming A column by column.",
         )
-    return Outcome("", f"{found} Products with A: {', '.join(map(str, counts))};")
+    return Outcome("", f"{found} Products with A: {', '.join(map(str, counts))}.")
 
 
 CONJUGATE_GRADIENT = Exercise(
