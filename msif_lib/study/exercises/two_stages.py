@@ -204,7 +204,7 @@ class Blocks:
 
 # Examples, sizes of W, U and Θ, seed. All differ, so that no bug cancels.
 _BLOCKS: list[tuple[int, tuple[int, int, int], int]] = [
-    (7, (4, 3, 5), 400),
+    (9, (4, 3, 5), 400),
     (11, (3, 5, 2), 401),
     (6, (5, 2, 3), 402),
 ]
