@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -904,6 +905,40 @@ def test_the_truth_of_two_stages_is_that_of_trained_ones(
     exact: Tensor = convex.exact(alpha).sum(1)
     assert exact.dtype == F64
     assert relative_error(problem.truth, exact.numpy()) < 1e-6
+
+
+# --- the cells of the chapters -------------------------------------------------------------------
+
+
+def cells_with_a_check() -> list[tuple[str, str, str]]:
+    """Chapter, tag and source of every cell that calls the grader."""
+    found = []
+    for path in sorted((ROOT / "book" / "chapters").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if cell.cell_type == "code" and 'check("' in cell.source:
+                (tag,) = {"exercise", "solution"} & set(cell.metadata.tags)
+                found.append((path.stem, tag, cell.source))
+    return found
+
+
+def test_the_chapters_ask_for_every_function_and_solve_it() -> None:
+    cells = cells_with_a_check()
+    names: dict[str, Any] = {"torch": torch}
+    # As in the notebooks: what one solution imports the next one has.
+    for _, tag, source in cells:
+        body, call = source.rsplit("\n", 1)
+        name, function = re.fullmatch(r'check\("(\w+)", (\w+)\)', call).groups()
+        exec(body, names)
+        verdict = check(name, names[function])
+        assert verdict.state == {"exercise": "not done", "solution": "passed"}[tag], verdict
+        assert function == EXERCISES[name].signature.split("(")[0]
+        if tag == "exercise":
+            assert names[function].__doc__
+    assert {tag for _, tag, _ in cells} == {"exercise", "solution"}
+    asked = [
+        re.findall(r'check\("(\w+)"', source)[0] for _, tag, source in cells if tag == "exercise"
+    ]
+    assert sorted(asked) == sorted(EXERCISES)
 
 
 # --- the exercises as a student runs them --------------------------------------------------------
