@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shutil
@@ -117,7 +118,10 @@ WRONG["hvp"] = {
     "inverse": ("inverse product", lambda f, t, v: solve(hessian(f)(t), v)),
     "v": ("v returned", lambda f, t, v: v),
     "factor": ("wrong factor", lambda f, t, v: 0.7 * double_backward(f, t, v)),
-    "coarse step": ("not exact", lambda f, t, v: central_difference(f, t, v, 0.1)),
+    "coarse step": (
+        "step of a wrong size, it seems",
+        lambda f, t, v: central_difference(f, t, v, 0.1),
+    ),
     "scalar": ("wrong shape", lambda f, t, v: grad(f)(t) @ v),
     "matrix": ("wrong shape", lambda f, t, v: hessian(f)(t)),
     "too long": ("wrong shape", lambda f, t, v: torch.cat([v, v])),
@@ -390,7 +394,7 @@ WRONG["influence"] = {
             [influence(f, lambda t, i=i: f(t)[i], l2, t)[i] for i in range(len(f(t)))]
         ),
     ),
-    "loose solve": ("not exact", partly(influence_by_cg, tol=0.05)),
+    "loose solve": ("unconverged solve, it seems", partly(influence_by_cg, tol=0.05)),
     "short series": ("not recognised", partly(neumann, steps=2)),
     "sign and sum": ("sum instead of mean; sign", lambda *a: -influence(*a, total=torch.sum)),
     "no decay, mean of the tests": (
@@ -501,7 +505,10 @@ WRONG["retraining"] = {
     "not removed": ("zero", partly(retrained, own=lambda m: 1 / m)),
     "not trained": ("zero", partly(retrained, steps=0)),
     "trained a little": ("not recognised", partly(retrained_by_descent, steps=3)),
-    "trained too little": ("not exact", partly(retrained_by_descent, steps=50)),
+    "trained too little": (
+        "unconverged training, it seems",
+        partly(retrained_by_descent, steps=50),
+    ),
     "one after": ("wrong example", lambda *a: retrained(*a[:4], (a[4] + 1) % len(a[0](a[3])))),
     "one before": ("wrong example (one before)", lambda *a: retrained(*a[:4], a[4] - 1)),
     "the others removed": (
@@ -620,7 +627,7 @@ WRONG["case1"] = {
     "no padding": ("exception", partly(case1, pad=lambda b, zeros: b)),
     "s_i": ("wrong shape", lambda g, h, f_w, *_: solve(h, g.T)[: len(f_w)]),
     "b": ("wrong shape", lambda g, h, f_w, f_t, f_wt, f_tt: f_w - f_wt @ solve(f_tt, f_t)),
-    "loose solve": ("not exact", partly(case1_cg, tol=0.03)),
+    "loose solve": ("unconverged solve, it seems", partly(case1_cg, tol=0.03)),
     "in place": ("argument changed in place", spoils_f_w),
     "sign, no cross term": ("missing cross term; sign", lambda *a: -case1(*a, cross=0.0)),
     "early, no cross term": (
@@ -862,6 +869,11 @@ def test_the_verdict_is_legible_everywhere() -> None:
         assert "<b>is</b>" not in shown and "<b>is</b>" not in verdict._repr_markdown_()
         assert "right" in shown or "not done yet" in shown
         assert str(verdict) == repr(verdict) and verdict.title in str(verdict)
+
+
+def test_the_examples_of_the_docstring_run() -> None:
+    options = doctest.ELLIPSIS
+    assert doctest.testmod(grader, optionflags=options) == doctest.TestResults(0, 2)
 
 
 def test_bad_calls_of_the_grader_are_refused() -> None:

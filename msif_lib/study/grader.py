@@ -8,8 +8,8 @@ way it was found; it is given the name of a mistake only if that mistake explain
 
 >>> check("hvp", lambda objective, theta, v: None).state
 'not done'
->>> print(check("hvp", lambda objective, theta, v: -v).kind)
-identity
+>>> check("hvp", lambda objective, theta, v: v)
+hvp: not right yet (v returned). v came back unchanged. ...
 """
 
 from __future__ import annotations
@@ -411,7 +411,7 @@ def _unnamed(
         )
     if max(errors) <= NEAR:
         return (
-            "not exact",
+            f"{exercise.near}, it seems",
             f"Near, but the relative error is up to {max(errors):.1e} where {exercise.tolerance:g} "
             f"is allowed: {exercise.inexact}",
         )

@@ -284,6 +284,7 @@ RETRAINING = Exercise(
     },
     problems=_retraining_problems,
     tolerance=1e-2,
+    near="unconverged training",
     inexact="training ended too early would do this. Train until the gradient has vanished (1e-6 "
     "or less), in double precision.",
 )

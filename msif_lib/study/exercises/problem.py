@@ -79,8 +79,9 @@ class Exercise:
         Makes problems in which all sizes agree, for functions that raise where they do not.
     tolerance
         The relative error up to which an answer is right; single precision stays below it.
-    inexact
-        What may be the matter with an answer that is near but not right.
+    near, inexact
+        What may be the matter with an answer that is near but not right: its name, and the end of
+        a sentence.
     judge
         Replaces the comparison with the right answer.
     """
@@ -92,6 +93,7 @@ class Exercise:
     problems: Callable[[], list[Problem]]
     square: Callable[[], list[Problem]] = list
     tolerance: float = 1e-4
+    near: str = "unconverged solve"
     inexact: str = "a solve that stopped early, or a small term that is missing, would do this."
     judge: Callable[[Sequence[Problem], Sequence[Array]], Outcome] | None = None
 

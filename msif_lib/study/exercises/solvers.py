@@ -94,6 +94,7 @@ HVP = Exercise(
         "v returned": "v came back unchanged.",
     },
     problems=_hvp_problems,
+    near="step of a wrong size",
     inexact="a difference quotient with too long a step (or, in single precision, too short a one) "
     "would do this. Differentiate a second time instead.",
 )
