@@ -1,6 +1,7 @@
 # The user's commands. `make` alone lists them.
 
 PROFILE ?= default
+EDITION ?= reader
 JOBS    ?= 2
 PYTHON  ?=
 PYTEST_ARGS ?=
@@ -15,11 +16,16 @@ find_python = for python in $(PYTHON) python3.11 python3 python3.12 python3.13; 
 	if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 		echo "$$python"; exit; fi; done
 
+EDITIONS := reader student instructor
+ifeq ($(filter $(EDITION),$(EDITIONS)),)
+$(error no edition is called '$(EDITION)'; known: $(EDITIONS))
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help venv book experiments test lint format bench clean distclean
+.PHONY: help venv book pdf experiments test lint format bench clean distclean
 
 help: ## list these targets
-	@echo "make TARGET [PROFILE=default|smoke|paper] [JOBS=2] [PYTHON=python3.11]"
+	@echo "make TARGET [PROFILE=default|smoke|paper] [EDITION=reader|student|instructor] [JOBS=2] [PYTHON=python3.11]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | \
 		while IFS='|' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
@@ -35,7 +41,10 @@ venv: ## make .venv with everything installed (the other targets do it themselve
 
 book: venv ## execute the notebooks that changed and render the book
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
-	@$(VENV)/python -m msif_lib.study.book --profile "$(PROFILE)"
+	@$(VENV)/python -m msif_lib.study.book --profile "$(PROFILE)" --edition "$(EDITION)"
+
+pdf: book ## print the rendered book into one PDF, by Chromium
+	@$(VENV)/python -m msif_lib.study.pages.pdf --edition "$(EDITION)"
 
 experiments: venv ## execute the notebooks that changed, without rendering the book
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"

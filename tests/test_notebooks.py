@@ -7,8 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from msif_lib.study.book import _refuse_dead_links, _save_glued_figures
-from msif_lib.study.runner import ROOT, ProjectError, executed_path, find_notebooks, run
+from msif_lib.study.book import _save_glued_figures
+from msif_lib.study.pages.checks import refuse_debris
+from msif_lib.study.runner import ROOT, executed_path, find_notebooks, run
 
 # The notebooks run once, in one worker.
 pytestmark = pytest.mark.xdist_group("notebooks")
@@ -28,10 +29,7 @@ def executed() -> dict[str, Path]:
 def test_every_notebook_runs_without_error_or_warning(executed: dict[str, Path]) -> None:
     assert set(executed) == set(NAMES)
     for name, path in executed.items():
-        for cell in nbformat.read(path, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                assert output.output_type != "error", (name, cell.id)
-                assert output.get("name") != "stderr", (name, cell.id, output.get("text"))
+        refuse_debris(nbformat.read(path, as_version=4), name)
 
 
 def test_every_figure_says_what_it_shows(executed: dict[str, Path]) -> None:
@@ -50,16 +48,6 @@ def test_every_figure_says_what_it_shows(executed: dict[str, Path]) -> None:
 def test_the_headline_figure_is_saved_for_the_landing_page(
     executed: dict[str, Path], tmp_path: Path
 ) -> None:
-    _save_glued_figures(executed["correlation"], tmp_path)
+    content = nbformat.read(executed["correlation"], as_version=4)
+    _save_glued_figures(content, "correlation", tmp_path)
     assert (tmp_path / "correlation-headline.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_page_with_a_dead_link_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a page.html").write_text("")
-    (tmp_path / "index.html").write_text(
-        '<a href="a%20page.html#x"></a><a href="#y"></a><a href="https://example.org"></a>'
-    )
-    _refuse_dead_links(tmp_path)
-    (tmp_path / "other.html").write_text('<img src="_images/gone.png">')
-    with pytest.raises(ProjectError, match=r"other\.html -> _images/gone\.png"):
-        _refuse_dead_links(tmp_path)

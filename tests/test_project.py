@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from msif_lib.study.pages.editions import mixed_cells, solution_labels, strip_notebook
 from msif_lib.study.runner import PROFILES, check_parameters, find_notebooks, read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,8 @@ def test_every_page_of_the_book_has_a_source():
         candidates = [ROOT / "book" / f"{page}.md", ROOT / "book" / f"{page}.ipynb"]
         if section == "experiments":
             candidates = [ROOT / "notebooks" / f"{name}.ipynb"]
+        if page == "status":  # written when the book is put together
+            continue
         assert any(path.is_file() for path in candidates), f"{page} has no source"
     shown = {page.rpartition("/")[2] for page in pages}
     assert {path.stem for path in NOTEBOOKS} <= shown, "a notebook is missing from book/_toc.yml"
@@ -171,3 +174,13 @@ def test_make_help_lists_every_target():
     ).stdout
     for target in targets:
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), f"{target} has no description"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_solution_is_marked_and_nothing_refers_to_it(path):
+    """The student's edition can then leave it out whole."""
+    notebook = nbformat.read(path, as_version=4)
+    assert mixed_cells(notebook, path.stem) == []
+    labels = set().union(*(solution_labels(cell.source, path.stem) for cell in notebook.cells))
+    shown = nbformat.writes(strip_notebook(notebook, "student"))
+    assert not [label for label in labels if label in shown]

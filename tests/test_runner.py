@@ -142,6 +142,8 @@ def test_only_what_changed_is_executed(project, capfd):
     library.write_text("VALUE = 1\n")
     assert runner.is_current(project, "default", notebook, {"removals": 5})
     (project / "msif_lib" / "runner.py").write_text("# how notebooks are run\n")
+    (project / "msif_lib" / "pages").mkdir()
+    (project / "msif_lib" / "pages" / "status.py").write_text("# how pages are made\n")
     assert runner.is_current(project, "default", notebook, {"removals": 5})
 
     write_notebook(notebook.path, "print('other')")
@@ -214,7 +216,7 @@ def test_book_refuses_a_notebook_that_shows_an_error(project):
     as_executed(project, "experiment", {"removals": 5})
     error = nbformat.v4.new_output("error", ename="ValueError", evalue="bad", traceback=[])
     as_executed(project, "chapter", {}, [error])
-    with pytest.raises(ProjectError, match="shows ValueError: bad"):
+    with pytest.raises(ProjectError, match="notebook chapter, cell cell-1 shows ValueError: bad"):
         book.assemble(project, "default")
 
 

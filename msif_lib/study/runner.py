@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import datetime
 import fcntl
 import hashlib
 import json
@@ -60,8 +61,8 @@ PACKAGES = (
     "ipykernel",
     "myst-nb",
 )
-# Changing how notebooks are run or rendered changes no number in them.
-NOT_IN_KEY = ("runner.py", "book.py")
+# Changing how notebooks are run or rendered changes no number in them: files and folders.
+NOT_IN_KEY = ("runner.py", "book.py", "pages")
 HEARTBEAT = 60.0  # seconds between two lines on a notebook that is still running
 
 
@@ -379,7 +380,12 @@ def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str
     checked against published sums when they are read.
     """
     source = notebook.read()
-    files = [path for path in (root / "msif_lib").rglob("*.py") if path.name not in NOT_IN_KEY]
+    library = root / "msif_lib"
+    files = [
+        path
+        for path in library.rglob("*.py")
+        if not set(path.relative_to(library).parts) & set(NOT_IN_KEY)
+    ]
     for pattern in source.metadata.get("msif", {}).get("inputs", []):
         files += root.glob(pattern)
     if "records" in parameters:
@@ -513,6 +519,7 @@ def _finish(
         cell.metadata.pop("execution", None)
     known = dict(executed.metadata.get("msif", {}))
     known.update(key=key, profile=profile, parameters=parameters, seconds=round(took, 1))
+    known["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     executed.metadata["msif"] = known
     nbformat.write(executed, path)
 

@@ -1,0 +1,180 @@
+"""An automated checker, axe-core, looks at pages in headless Chromium, light and dark.
+
+A small book with one of everything is rendered for it; a book that `make book` left is looked at as
+well, all its pages.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from pypdf import PdfReader
+from sample_book import sample_book
+
+from msif_lib.study import book
+from msif_lib.study.pages.browser import Browser, find_chromium
+from msif_lib.study.pages.checks import pages_of
+from msif_lib.study.pages.pdf import make_pdf
+from msif_lib.study.runner import ROOT
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="there is no Chromium in PATH")
+
+# Rules that are not applied, each with the reason.
+NOT_APPLIED: dict[str, str] = {}
+# MathJax writes what a screen reader reads beside each formula; its glyphs are only for the eye.
+NOT_LOOKED_AT = [["mjx-container"]]
+
+EVERYTHING = """\
+# One of everything
+
+Text with a [link](chapters/chapter.ipynb), `code`, $x^2$, a note[^note] and {eq}`eq:square`.
+
+[^note]: The note.
+
+$$
+y = x^2
+$$ (eq:square)
+
+```{figure} _static/headline.png
+:alt: A figure that stands for any other.
+
+Its caption.
+```
+
+::::{grid} 1 1 2 2
+:::{grid-item-card} A card
+:link: chapters/chapter
+:link-type: doc
+Its text.
+:::
+::::
+
+::::{tab-set}
+:::{tab-item} One
+First.
+:::
+:::{tab-item} Two
+Second.
+:::
+::::
+
+## Boxes
+
+{{boxes}}
+
+```{prf:theorem} A theorem
+:label: index-theorem
+It holds, see {prf:ref}`index-theorem`.
+```
+
+```{prf:proof}
+Clear.
+```
+
+:::{exercise} By hand: think
+:label: index-exercise
+Think.
+:::
+
+:::{solution} index-exercise
+:class: dropdown
+Thought.
+:::
+
+### A table and code
+
+| a | b |
+| --- | --- |
+| 1 | 2 |
+
+```python
+# A comment
+def double(x: float) -> float:
+    \"\"\"Return twice the number.\"\"\"
+    return 2 * x if x else "nothing"
+```
+"""
+BOXES = "\n\n".join(
+    f"```{{{kind}}}\nA box of the kind {kind}, with a [link](https://example.org) and `code`.\n```"
+    for kind in ("note", "tip", "warning", "important", "seealso", "margin", "dropdown", "caution")
+)
+
+
+def faults(browser: Browser, page: Path, theme: str, width: int = 1400) -> list[str]:
+    """What axe finds in a page, one sentence for each rule that it breaks."""
+    browser.open(page, theme, width)
+    browser.evaluate(files("axe_core_python").joinpath("axe.min.js").read_text() + "; 0")
+    # A colour on its way from one to another is no colour of the page.
+    browser.evaluate(
+        "document.head.append(Object.assign(document.createElement('style'),"
+        " {textContent: '* {transition: none !important}'})); 0"
+    )
+    rules = {name: {"enabled": False} for name in NOT_APPLIED}
+    found = browser.evaluate(
+        f"axe.run({{exclude: {NOT_LOOKED_AT}}}, {{resultTypes: ['violations'], rules: {rules}}})"
+        ".then(result => result.violations.map(rule => rule.id + ': ' + rule.nodes.slice(0, 3)"
+        ".map(node => node.html.slice(0, 150)).join('  ')))".replace("False", "false")
+    )
+    return [f"{page.name}, {theme}, {width} pixels wide, {fault}" for fault in found]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = sample_book(tmp_path_factory.mktemp("book"), EVERYTHING.replace("{{boxes}}", BOXES))
+    return book.build(root, "default", "instructor")
+
+
+def test_axe_finds_a_fault_where_there_is_one(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<html lang="en"><head><title>t</title></head><body><main><h1>One</h1><img src="a.png">'
+        '<p style="color: #ccc; background: #fff">faint</p></main></body></html>'
+    )
+    with Browser() as browser:
+        rules = {fault.split(", ")[-1].split(":")[0] for fault in faults(browser, page, "light")}
+    assert {"image-alt", "color-contrast"} <= rules
+
+
+def test_no_fault_in_a_page_with_one_of_everything(everything: Path) -> None:
+    found = []
+    with Browser() as browser:
+        for page in (everything, everything.parent / "chapters" / "chapter.html"):
+            for theme, width in (("light", 1400), ("dark", 1400), ("light", 390)):
+                found += faults(browser, page, theme, width)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("edition", book.HTML)
+def test_no_fault_in_any_page_of_the_rendered_book(edition: str) -> None:
+    folder = ROOT / book.HTML[edition]
+    if not (folder / "index.html").exists():
+        pytest.skip(f"make book EDITION={edition} has not been run")
+    found = []
+    with Browser() as browser:
+        for page in pages_of(folder):
+            for theme in ("light", "dark"):
+                found += faults(browser, page, theme)
+    assert not found, "\n".join(found) + "\n(is the book older than its sources? make book)"
+
+
+def test_the_book_is_printed_into_one_pdf(everything: Path) -> None:
+    """All its pages in order, with bookmarks; no link leads to a file of this machine."""
+    root = everything.parents[3]
+    path = make_pdf(root, "instructor")
+    assert path == root / "book" / "_build" / "instructor.pdf"
+    printed = PdfReader(path)
+    text = "\n".join(page.extract_text() for page in printed.pages)
+    # What collapses on the screen is open on paper.
+    for word in ("One of everything", "Thought.", "Second.", "kind dropdown", "qcode2", "qnote7"):
+        assert word in text
+    assert printed.outline[0].title == "One of everything"
+    assert printed.pages[-1].extract_text().rstrip().endswith(str(len(printed.pages)))
+    addresses = [
+        str(note.get_object().get("/A", {}).get("/URI", ""))
+        for page in printed.pages
+        for note in page.get("/Annots", [])
+    ]
+    assert "https://example.org/" in addresses
+    assert not [address for address in addresses if address.startswith("file:")]
