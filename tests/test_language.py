@@ -207,6 +207,23 @@ def test_padding_changes_neither_features_nor_losses():
         close(logits[index], classifier(alone)[0])
 
 
+def test_a_smooth_encoder_is_its_formula_written_out():
+    encoder = LanguageModel(SMALL, dtype=F64, smooth=True).tokens
+    characters = encode_characters([["abc"]], 6)["characters"][0, 1]
+    x = encoder.characters(characters).T
+    widest = []
+    for layer in encoder.convolutions:
+        span = layer.kernel_size[0]
+        windows = x.unfold(1, span, 1)  # (width, positions, span)
+        responses = torch.einsum("fws,wps->fp", layer.weight, windows) + layer.bias[:, None]
+        widest.append(responses.exp().mean(1).log())
+    value = torch.cat(widest).tanh()
+    (highway,) = encoder.highways
+    new, carry = (highway.weight @ value + highway.bias).chunk(2)
+    value = carry.sigmoid() * value + (1 - carry.sigmoid()) * new.tanh()
+    close(encoder(characters[None])[0], encoder.projection(value))
+
+
 def test_each_chain_sees_only_its_side():
     model = LanguageModel(SMALL, dtype=F64)
     inputs = encode_characters([["a", "b", "c"], ["a", "x", "c"]], 6)

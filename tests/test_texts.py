@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import os
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from msif_lib.study import texts
 from msif_lib.study.datasets import DataFileError
-from msif_lib.study.texts import load_texts, prose, tokenise, tweet_start, two_stage_texts
+from msif_lib.study.texts import bm25, load_texts, prose, tokenise, tweet_start, two_stage_texts
 
 REAL_DATA = os.environ.get("MSIF_DATA")
 
@@ -98,15 +99,13 @@ def test_tweets_have_one_copy_and_the_label_of_most(files):
     assert corpus.sentences[0].tokens == tuple(NEWS[0].split())
 
 
-def test_sentences_of_pretraining_are_chosen_by_length_and_tweets_are_cut(files):
-    data = two_stage_texts("gop", 1, 2, 2, longest=9)
+def test_texts_are_chosen_by_length(files):
+    data = two_stage_texts("gop", 1, 2, 2, longest=13)
     assert [text.text for text in data.pretrain] == [NEWS[0]]
-    lengths = {text.text: len(text.tokens) for text in (*data.finetune, *data.test)}
-    assert lengths[ROWS[8][0]] == 9
-    with pytest.raises(ValueError, match="pretrain_size is 2; there are 1 sentences of 5 to 9"):
-        two_stage_texts("gop", 2, 2, 2, longest=9)
-    with pytest.raises(ValueError, match=r"ask for 3 texts of the class 'negative', .* only 2"):
-        two_stage_texts("gop", 1, 2, 4)
+    with pytest.raises(ValueError, match="pretrain_size is 3; there are 2 sentences of 5 to 13"):
+        two_stage_texts("gop", 3, 2, 2, longest=13)
+    with pytest.raises(ValueError, match=r"ask for 2 texts of the class 'negative', .* only 1 of"):
+        two_stage_texts("gop", 1, 2, 2, longest=12)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
@@ -134,26 +133,29 @@ def test_without_a_folder_the_error_says_how_to_get_the_files(monkeypatch):
         load_texts("gop")
 
 
-def test_the_embedded_corpus_has_two_kinds_of_sentences():
+def test_the_embedded_corpus_has_sentences_and_sentences_in_disorder():
     corpus = load_texts("pydoc")
-    language, library = ({text.text for text in each} for each in corpus.classes)
-    assert not language & library
-    assert min(len(language), len(library)) > 200
-    assert language == {text.text for text in corpus.sentences}
+    ordered, shuffled = corpus.classes
+    assert len(ordered) + len(shuffled) == len(corpus.sentences)
+    known = {text.text for text in corpus.sentences}
+    assert {text.text for text in ordered} < known
+    assert not {text.text for text in shuffled} & known
+    words = {tuple(sorted(text.tokens)) for text in corpus.sentences}
+    assert all(tuple(sorted(text.tokens)) in words for text in shuffled)
 
 
-def test_no_text_is_in_two_sets_and_classes_are_equal():
-    data = two_stage_texts("pydoc", 200, 60, 40, longest=15, seed=3)
-    sets = [{text.text for text in part} for part in (data.pretrain, data.finetune, data.test)]
-    assert [len(part) for part in sets] == [200, 60, 40]
+def test_no_words_are_in_two_sets_and_classes_are_equal():
+    data = two_stage_texts("pydoc", 150, 60, 40, longest=15, seed=3)
+    parts = (data.pretrain, data.finetune, data.test)
+    sets = [{tuple(sorted(text.tokens)) for text in part} for part in parts]
+    assert [len(part) for part in parts] == [150, 60, 40]
     assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
     assert data.finetune_labels.bincount().tolist() == [30, 30]
     assert data.test_labels.bincount().tolist() == [20, 20]
-    assert all(5 <= len(text.tokens) <= 15 for text in data.pretrain)
-    assert all(len(text.tokens) <= 15 for text in (*data.finetune, *data.test))
-    library = {text.text for text in data.corpus.classes[1]}
+    assert all(5 <= len(text.tokens) <= 15 for part in parts for text in part)
+    shuffled = {text.text for text in data.corpus.classes[1]}
     for part, labels in ((data.finetune, data.finetune_labels), (data.test, data.test_labels)):
-        assert [text.text in library for text in part] == labels.bool().tolist()
+        assert [text.text in shuffled for text in part] == labels.bool().tolist()
 
 
 def test_same_seed_same_draw():
@@ -170,13 +172,34 @@ def test_same_seed_same_draw():
         ({"longest": 4}, "longest must be at least 5 tokens, not 4"),
         ({"finetune_size": 5}, "finetune_size must be a multiple of the 2 classes, not 5"),
         ({"test_size": 0}, "test_size must be a multiple of the 2 classes, not 0"),
-        ({"test_size": 5000}, "ask for 2600 texts of the class 'language reference'"),
+        ({"test_size": 5000}, "ask for 2580 texts of the class 'sentence'"),
         ({"pretrain_size": 5000}, "pretrain_size is 5000; there are"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         two_stage_texts(**arguments)
+
+
+def test_bm25_is_its_formula_written_out():
+    documents = [["a", "b"], ["A", "a", "c", "d"], ["e", "f", "c"]]
+    found = bm25([["a"], ["c", "e", "zebra", "c"]], documents)
+
+    def weight(held):
+        return math.log(1 + (3 - held + 0.5) / (held + 0.5))
+
+    def share(times, length):
+        return times * 2.2 / (times + 1.2 * (0.25 + 0.75 * length / 3))
+
+    expected = torch.tensor(
+        [
+            [weight(2) * share(1, 2), 0.0],
+            [weight(2) * share(2, 4), weight(2) * share(1, 4)],
+            [0.0, weight(2) * share(1, 3) + weight(1) * share(1, 3)],
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.skipif(not REAL_DATA, reason="MSIF_DATA names no folder of data files")

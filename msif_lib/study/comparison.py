@@ -37,6 +37,11 @@ _QUALITY = (
     "The paper shows two pairs of images. The page on [misclassified images](misclassified.html) "
     "measures the quality of the most harmful examples against that of the others."
 )
+_TABLE = (
+    "The paper's table shows which sentences have extreme scores; none of them was left out. The "
+    "page on [sentences](nlp.html) leaves out groups of them and trains both stages again, beside "
+    "three simpler guesses."
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ CLAIMS = (
     Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|, 3 × examples and steps",
           "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
     Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score", "gop",
-          None, "a table"),
+          None, "a table", why=_TABLE),
 )  # fmt: skip
 
 

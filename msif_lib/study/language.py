@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,10 +165,13 @@ class CharacterEncoder(nn.Module):
     ----------
     sizes
         Sizes of the layers.
+    smooth
+        As for :class:`LanguageModel`.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, smooth: bool = False) -> None:
         super().__init__()
+        self.smooth = smooth
         width = sum(count for _, count in sizes.filters)
         self.characters = nn.Embedding(CHARACTERS, sizes.character_width)
         self.convolutions = nn.ModuleList(
@@ -185,10 +188,18 @@ class CharacterEncoder(nn.Module):
         """Encode character ids ``(..., C)`` as ``(..., projection)``."""
         x = self.characters(characters.flatten(0, -2)).mT
         # The largest response over the positions in the token.
-        x = F.relu(torch.cat([layer(x).max(2).values for layer in self.convolutions], 1))
+        responses = [layer(x) for layer in self.convolutions]
+        bend: Callable[[Tensor], Tensor]
+        if self.smooth:
+            bend = torch.tanh
+            largest = [each.logsumexp(2) - math.log(each.shape[2]) for each in responses]
+        else:
+            bend = F.relu
+            largest = [each.max(2).values for each in responses]
+        x = bend(torch.cat(largest, 1))
         for highway in self.highways:
             new, carry = highway(x).chunk(2, 1)
-            x = torch.lerp(F.relu(new), x, carry.sigmoid())
+            x = torch.lerp(bend(new), x, carry.sigmoid())
         return self.projection(x).unflatten(0, characters.shape[:-1])
 
 
@@ -244,6 +255,10 @@ class LanguageModel(nn.Module):
         Seed of the initialisation; the global generator is left as it was.
     dtype
         Of the parameters.
+    smooth
+        In the token encoder take tanh for ELMo's rectifiers and, for the maximum over the
+        positions, the logarithm of the mean of exponentials. Rectifiers and maxima have kinks, and
+        training ends on them, where no gradient vanishes.
     """
 
     def __init__(
@@ -252,10 +267,11 @@ class LanguageModel(nn.Module):
         clip: float | None = None,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        smooth: bool = False,
     ) -> None:
         super().__init__()
         with seeded(seed):
-            self.tokens = CharacterEncoder(sizes)
+            self.tokens = CharacterEncoder(sizes, smooth)
             self.layers = nn.ModuleList(
                 Chains(sizes.projection, sizes.cells, sizes.projection, clip)
                 for _ in range(sizes.layers)

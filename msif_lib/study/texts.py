@@ -1,9 +1,9 @@
 """Texts for both stages: sentences for a language model, and two classes of texts to tell apart.
 
 ``pydoc`` needs no file: it is the English prose of the help pages that Python itself ships in
-``pydoc_data.topics``. Pretraining reads sentences of the *language reference*; finetuning tells
-sentences of the *library reference* (built-in types, strings and their formats, the debugger) from
-sentences of the language reference. The pages are those of the Python that runs.
+``pydoc_data.topics``. Pretraining reads sentences; finetuning tells other sentences of these pages
+from sentences whose words have been put in a random order. The pages are those of the Python that
+runs.
 
 ``gop`` is the paper's pair: pretraining reads sentences of the One Billion Word benchmark,
 finetuning tells positive from negative tweets about the first debate of the Republican candidates
@@ -23,6 +23,7 @@ import gzip
 import hashlib
 import html
 import io
+import math
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -59,25 +60,6 @@ _HOW_TWEETS = (
     "MSIF_DATA, as Sentiment.csv or Sentiment.csv.gz"
 )
 
-# Help pages taken from the library reference; the others are from the language reference.
-_LIBRARY_PAGES = frozenset(
-    {
-        "bltin-code-objects",
-        "bltin-ellipsis-object",
-        "bltin-null-object",
-        "bltin-type-objects",
-        "debugger",
-        "formatstrings",
-        "string-methods",
-        "truth",
-        "typesfunctions",
-        "typesmapping",
-        "typesmethods",
-        "typesmodules",
-        "typesseq",
-        "typesseq-mutable",
-    }
-)
 # Grammar, interpreter sessions, tables and programs.
 _NO_PROSE = re.compile(r"::=|>>>|^\+[-=]|\||::\s")
 _ITEM_MARK = re.compile(r"^(\*|\d+\.|\(\d+\)|\[\d+\])\s+")
@@ -188,23 +170,28 @@ def prose(page: str) -> Iterator[str]:
 def _load_pydoc() -> Corpus:
     from pydoc_data.topics import topics
 
-    def of(library: bool) -> Iterator[str]:
-        for name in sorted(topics):
-            if (name in _LIBRARY_PAGES) == library:
-                yield from prose(topics[name])
-
-    language = _distinct(of(library=False), tokenise)
-    known = {text.text for text in language}
-    library = tuple(
-        text for text in _distinct(of(library=True), tokenise) if text.text not in known
-    )
+    pages = (topics[name] for name in sorted(topics))
+    sentences = _distinct((text for page in pages for text in prose(page)), tokenise)
+    # Always the same half in always the same disorder: seeds draw from it, and no sentence is in
+    # both classes.
+    rng = np.random.default_rng(0)
+    halves = np.split(rng.permutation(len(sentences)), [len(sentences) // 2])
+    ordered = tuple(sentences[index] for index in halves[0])
     return Corpus(
         name="pydoc",
-        sentences=language,
-        classes=(language, tuple(sorted(library, key=lambda text: text.text))),
-        class_names=("language reference", "library reference"),
+        sentences=sentences,
+        classes=(ordered, tuple(_shuffled(sentences[index], rng) for index in halves[1])),
+        class_names=("sentence", "shuffled words"),
         source="the prose of Python's own help pages (pydoc_data.topics)",
     )
+
+
+def _shuffled(sentence: Text, rng: np.random.Generator) -> Text:
+    """The tokens of a sentence, not all alike, in another order."""
+    tokens = sentence.tokens
+    while tokens == sentence.tokens:
+        tokens = tuple(sentence.tokens[index] for index in rng.permutation(len(tokens)))
+    return Text(" ".join(tokens), tokens)
 
 
 # --- news and tweets ------------------------------------------------------------------------------
@@ -318,10 +305,10 @@ def load_texts(name: str) -> Corpus:
 
 def two_stage_texts(
     name: str = "pydoc",
-    pretrain_size: int = 300,
-    finetune_size: int = 200,
+    pretrain_size: int = 150,
+    finetune_size: int = 160,
     test_size: int = 100,
-    longest: int = 20,
+    longest: int = 16,
     seed: int = 0,
 ) -> TwoStageTexts:
     """Draw sentences for pretraining and texts for finetuning and test.
@@ -331,18 +318,18 @@ def two_stage_texts(
     name : {"pydoc", "gop"}
         The corpus.
     pretrain_size
-        Sentences of pretraining, of those with 5 to `longest` tokens.
+        Sentences of pretraining.
     finetune_size, test_size
         Texts, of each class equally many.
     longest
-        Tokens kept of a text of the finetuning task.
+        Tokens of a text at most; none has fewer than 5.
     seed
         Of the draw.
 
     Returns
     -------
     TwoStageTexts
-        The three sets, no text in two of them.
+        The three sets. No text is in two of them, nor its words in another order.
 
     Raises
     ------
@@ -360,22 +347,26 @@ def two_stage_texts(
         if size < count or size % count:
             raise ValueError(f"{argument} must be a multiple of the {count} classes, not {size}")
     rng = np.random.default_rng(seed)
+
+    def fits(text: Text) -> bool:
+        return 5 <= len(text.tokens) <= longest
+
     drawn: dict[str, list[tuple[Text, int]]] = {"finetune": [], "test": []}
-    for label, texts in enumerate(corpus.classes):
+    for label, name_of_class in enumerate(corpus.class_names):
+        texts = [text for text in corpus.classes[label] if fits(text)]
         wanted = {"finetune": finetune_size // count, "test": test_size // count}
         if sum(wanted.values()) > len(texts):
             raise ValueError(
                 f"finetune_size and test_size ask for {sum(wanted.values())} texts of the class "
-                f"{corpus.class_names[label]!r}, but there are only {len(texts)}"
+                f"{name_of_class!r}, but there are only {len(texts)} of 5 to {longest} tokens"
             )
         order = iter(rng.permutation(len(texts)).tolist())
         for which, number in wanted.items():
             drawn[which] += [(texts[next(order)], label) for _ in range(number)]
-    taken = {text.text for pairs in drawn.values() for text, _ in pairs}
+    # A sentence and its words in another order are the same here.
+    taken = {tuple(sorted(text.tokens)) for pairs in drawn.values() for text, _ in pairs}
     pool = [
-        text
-        for text in corpus.sentences
-        if 5 <= len(text.tokens) <= longest and text.text not in taken
+        text for text in corpus.sentences if fits(text) and tuple(sorted(text.tokens)) not in taken
     ]
     if not 1 <= pretrain_size <= len(pool):
         raise ValueError(
@@ -386,8 +377,7 @@ def two_stage_texts(
 
     def part(which: str) -> tuple[tuple[Text, ...], Tensor]:
         pairs = [drawn[which][index] for index in rng.permutation(len(drawn[which]))]
-        texts = tuple(Text(text.text, text.tokens[:longest]) for text, _ in pairs)
-        return texts, torch.tensor([label for _, label in pairs])
+        return tuple(text for text, _ in pairs), torch.tensor([label for _, label in pairs])
 
     (finetune, finetune_labels), (test, test_labels) = part("finetune"), part("test")
     return TwoStageTexts(
@@ -398,3 +388,38 @@ def two_stage_texts(
         finetune_labels=finetune_labels,
         test_labels=test_labels,
     )
+
+
+def bm25(
+    queries: Sequence[Sequence[str]],
+    documents: Sequence[Sequence[str]],
+    k1: float = 1.2,
+    b: float = 0.75,
+) -> Tensor:
+    """Relevance of documents to queries by shared words (Robertson & Zaragoza 2009).
+
+    Parameters
+    ----------
+    queries, documents
+        T and m lists of tokens; upper and lower case are the same.
+    k1, b
+        How soon repetitions stop to count, and how much length does.
+
+    Returns
+    -------
+    Tensor
+        ``(m, T)``, float64.
+    """
+    counts = [Counter(token.lower() for token in document) for document in documents]
+    lengths = [sum(count.values()) for count in counts]
+    mean = sum(lengths) / len(lengths)
+    spread = Counter(token for count in counts for token in count)
+    found = torch.zeros(len(documents), len(queries), dtype=torch.float64)
+    for column, query in enumerate(queries):
+        for token in {token.lower() for token in query} & spread.keys():
+            rarity = math.log(1 + (len(documents) - spread[token] + 0.5) / (spread[token] + 0.5))
+            for row, count in enumerate(counts):
+                if token in count:
+                    damped = count[token] + k1 * (1 - b + b * lengths[row] / mean)
+                    found[row, column] += rarity * count[token] * (k1 + 1) / damped
+    return found
