@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from browser import CHROMIUM, Page, browser
 
 from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
 from msif_lib.solvers import Identity, MinRes
 from msif_lib.study.datasets import TwoStageData, two_stages
 from msif_lib.study.experiment import Setting, Trained, train_two_stages
 from msif_lib.study.explorer import collect, fragment
+from msif_lib.study.pages.browser import Browser, find_chromium
 
 M, T = 24, 7
 METHODS = ("fixed", "updated", "identity")
@@ -103,10 +103,35 @@ def test_a_page_is_complete_and_small(values) -> None:
 # --- in a browser --------------------------------------------------------------------------------
 
 
+KEYS = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
+        "ArrowDown": 40, " ": 32}  # fmt: skip
+
+
+class Page(Browser):
+    """A browser with a reader's hands."""
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            about = {"key": key, "code": "Space" if key == " " else key,
+                     "windowsVirtualKeyCode": KEYS[key]}  # fmt: skip
+            text = {"text": key} if key == " " else {}
+            self.call("Input.dispatchKeyEvent", type="keyDown", **about, **text)
+            self.call("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def move(self, x: float, y: float) -> None:
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    def resize(self, width: int) -> None:
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=1600, deviceScaleFactor=1, mobile=False,
+        )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def page(values, tmp_path_factory) -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
+    if find_chromium() is None:
+        pytest.skip("there is no Chromium in PATH")
     folder = tmp_path_factory.mktemp("explorer")
     (folder / "page.html").write_text(
         '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>x</title>'
@@ -114,19 +139,20 @@ def page(values, tmp_path_factory) -> Iterator[Page]:
         f"<body style='margin:0'>{fragment(values)}{fragment(values)}",
         encoding="utf-8",
     )
-    with browser(folder / "profile") as page:
+    with Page() as page:
         page.open(folder / "page.html")
         yield page
 
 
 @pytest.fixture
 def fresh(page: Page) -> Page:
-    page.open(Path(page.run("location.pathname")))
+    page.open(Path(page.evaluate("location.pathname")))
+    page.resize(1200)
     return page
 
 
 def text(page: Page, selector: str) -> str:
-    return page.run(f"document.querySelector({json.dumps(selector)}).textContent")
+    return page.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
 
 
 def read(number: str) -> float:
@@ -150,7 +176,7 @@ def check(page: Page, values: dict[str, Any], method: str, row: int) -> None:
     scores, changes = values["scores"][method][row], values["changes"][case][row]
     order = sorted(range(M), key=lambda i: (scores[i], i))
     for kind, wanted in (("helped", order[:6]), ("hurt", order[::-1][:6])):
-        cards = page.run(
+        cards = page.evaluate(
             f"[...document.querySelector('.{kind}').querySelectorAll('button')].map("
             "b => [Number(b.dataset.point), b.querySelector('img').src, b.textContent])"
         )
@@ -177,8 +203,8 @@ def check(page: Page, values: dict[str, Any], method: str, row: int) -> None:
 
 
 def test_it_starts_with_all_test_images_and_hides_the_table(fresh, values) -> None:
-    assert fresh.run("document.querySelector('.static').hidden")
-    assert not fresh.run("document.querySelector('.live').hidden")
+    assert fresh.evaluate("document.querySelector('.static').hidden")
+    assert not fresh.evaluate("document.querySelector('.live').hidden")
     check(fresh, values, "fixed", 0)
 
 
@@ -189,19 +215,21 @@ def test_keys_choose_the_method_and_the_test_image(fresh, values) -> None:
     check(fresh, values, "identity", 0)
     fresh.press("Tab", "ArrowRight", "ArrowRight", "ArrowRight")
     check(fresh, values, "identity", 3)
-    named = fresh.run("document.activeElement.getAttribute('aria-label')")
+    named = fresh.evaluate("document.activeElement.getAttribute('aria-label')")
     assert named.startswith(f"test image 2, a {values['test']['digits'][2]}")
-    assert "outline" in fresh.run(
+    assert "outline" in fresh.evaluate(
         "const s = getComputedStyle(document.activeElement.nextSibling);"
         "s.outlineStyle === 'solid' && parseFloat(s.outlineWidth) >= 3 ? 'outline' : ''"
     )
     # The second explorer of the page is another one.
-    assert fresh.run("document.querySelectorAll('.msif-explorer')[1].dataset.method") == "fixed"
+    assert (
+        fresh.evaluate("document.querySelectorAll('.msif-explorer')[1].dataset.method") == "fixed"
+    )
 
 
 def test_keys_walk_along_the_points_of_the_plot(fresh, values) -> None:
     fresh.press("Tab", "ArrowRight", "Tab", "ArrowRight", *["Tab"] * 13)
-    assert fresh.run("document.activeElement.getAttribute('class')") == "dot"
+    assert fresh.evaluate("document.activeElement.getAttribute('class')") == "dot"
     fresh.press("Home")
     scores = values["scores"]["updated"][1]
     order = sorted(range(M), key=lambda i: (-scores[i], i))
@@ -209,61 +237,58 @@ def test_keys_walk_along_the_points_of_the_plot(fresh, values) -> None:
     fresh.press("ArrowRight", "ArrowUp", "ArrowRight", "ArrowLeft")
     assert shown_point(fresh)[0] == order[2]
     check(fresh, values, "updated", 1)
-    image = fresh.run("document.querySelector('.point img').src")
+    image = fresh.evaluate("document.querySelector('.point img').src")
     assert image == values["pretrain"]["images"][order[2]]
-    spoken = fresh.run("document.activeElement.getAttribute('aria-label')")
+    spoken = fresh.evaluate("document.activeElement.getAttribute('aria-label')")
     assert f"{spoken}.".lower() == text(fresh, ".point p").lower()
     fresh.press("End", "ArrowDown")
     assert shown_point(fresh)[0] == order[-2]
     # One stop of the Tab key for the whole plot, and it is where one left.
     stops = "document.querySelector('.msif-explorer').querySelectorAll('.dot[tabindex=\"0\"]')"
-    assert fresh.run(f"{stops}.length") == 1
+    assert fresh.evaluate(f"{stops}.length") == 1
 
 
 def test_the_pointer_shows_the_nearest_point_and_a_card_its_own(fresh, values) -> None:
     order = sorted(range(M), key=lambda i: -values["scores"]["fixed"][0][i])
     wanted = order[0]
-    x, y = fresh.run(
+    x, y = fresh.evaluate(
         f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
         f"(document.querySelectorAll('.dot')[{wanted}].getBoundingClientRect())"
     )
     fresh.move(x - 5, y)
     assert shown_point(fresh)[0] == wanted
-    assert fresh.run("document.querySelectorAll('button[aria-pressed=true]').length") == 2, (
+    assert fresh.evaluate("document.querySelectorAll('button[aria-pressed=true]').length") == 2, (
         "one in each explorer"
     )
     fresh.press("Tab", "Tab", "Tab", "Tab", " ")
-    pressed = fresh.run("Number(document.activeElement.dataset.point)")
+    pressed = fresh.evaluate("Number(document.activeElement.dataset.point)")
     assert shown_point(fresh)[0] == pressed != wanted
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_it_fits_a_telephone_and_is_legible_in_both_themes(fresh, theme, width) -> None:
-    fresh.send(
-        "Emulation.setDeviceMetricsOverride",
-        width=width, height=800, deviceScaleFactor=1, mobile=False,
-    )  # fmt: skip
+    fresh.resize(width)
     # On a card of the other kind, as themes have them.
     card = "white" if theme == "dark" else "black"
-    fresh.run(
+    fresh.evaluate(
         f"document.documentElement.dataset.theme = '{theme}';"
         f"document.body.style.background = '{card}'"
     )
-    assert fresh.run("document.documentElement.scrollWidth") <= width
-    sizes = fresh.run(
+    assert fresh.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = fresh.evaluate(
         "[...document.querySelectorAll('.live p, .live span, .live label, .live legend')]"
         ".filter(n => n.textContent).map(n => parseFloat(getComputedStyle(n).fontSize))"
     )
     assert min(sizes) >= 12.5
-    *colors, paper = fresh.run(
+    *colors, paper = fresh.evaluate(
         "['--ink', '--accent', '--quiet', '--paper'].map(name => {"
         "const n = document.createElement('i'); n.style.color = `var(${name})`;"
         "document.querySelector('.msif-explorer').append(n);"
         "const c = getComputedStyle(n).color; n.remove(); return c.match(/\\d+/g).map(Number); })"
     )
     assert min(contrast(color, paper) for color in colors) >= 4.5
-    behind = fresh.run(
+    behind = fresh.evaluate(
         "getComputedStyle(document.querySelector('.msif-explorer')).backgroundColor.match(/\\d+/g)"
     )
     assert [int(value) for value in behind] == paper
@@ -287,13 +312,13 @@ def test_points_do_not_move_about_where_motion_is_unwanted(fresh) -> None:
     duration = "getComputedStyle(document.querySelector('.dot')).transitionDuration"
     for preference, moves in (("no-preference", True), ("reduce", False)):
         media = [{"name": "prefers-reduced-motion", "value": preference}]
-        fresh.send("Emulation.setEmulatedMedia", features=media)
-        assert (fresh.run(duration) != "0s") is moves
+        fresh.call("Emulation.setEmulatedMedia", features=media)
+        assert (fresh.evaluate(duration) != "0s") is moves
 
 
 def test_everything_that_takes_the_focus_has_a_name(fresh) -> None:
-    fresh.send("Accessibility.enable")
-    nodes = fresh.send("Accessibility.getFullAXTree")["nodes"]
+    fresh.call("Accessibility.enable")
+    nodes = fresh.call("Accessibility.getFullAXTree")["nodes"]
     roles = {"radio", "button", "option", "listbox", "image", "group", "region"}
     seen = set()
     for node in nodes:
@@ -304,4 +329,4 @@ def test_everything_that_takes_the_focus_has_a_name(fresh) -> None:
         assert node["name"]["value"].strip(), node
     assert seen >= {"radio", "button", "option", "listbox", "image"}
     live = "document.querySelector('.status').getAttribute('aria-live')"
-    assert fresh.run(live) == "polite"
+    assert fresh.evaluate(live) == "polite"
