@@ -43,7 +43,9 @@ book: venv ## execute the notebooks that changed and render the book
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
 	@$(VENV)/python -m msif_lib.study.book --profile "$(PROFILE)" --edition "$(EDITION)"
 
-pdf: book ## print the rendered book into one PDF, by Chromium
+pdf: venv ## render the book and print it into one PDF, by Chromium
+	@$(VENV)/python -m msif_lib.study.pages.pdf --check
+	@$(MAKE) --no-print-directory book
 	@$(VENV)/python -m msif_lib.study.pages.pdf --edition "$(EDITION)"
 
 experiments: venv ## execute the notebooks that changed, without rendering the book

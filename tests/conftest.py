@@ -22,6 +22,11 @@ settings.register_profile(
 settings.load_profile("msif")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The notebooks first: they take longest, and the other worker does the rest meanwhile."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @functools.cache
 def problem_named(name: str) -> Problem:
     return Problem(SPECS[name])

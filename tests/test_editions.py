@@ -26,6 +26,13 @@ def words_in(folder: Path) -> set[str]:
     return {word for word in SOLUTIONS + NOTES if word.encode() in everything.lower()}
 
 
+@pytest.fixture(autouse=True)
+def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project has no public address, whatever the environment says."""
+    monkeypatch.delenv("MSIF_REPOSITORY", raising=False)
+    monkeypatch.delenv("MSIF_BRANCH", raising=False)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return sample_book(tmp_path)

@@ -21,6 +21,9 @@ from msif_lib.study.pages.browser import Browser, find_chromium
 M, T = 24, 7
 METHODS = ("fixed", "updated", "identity")
 
+# The stages are trained, and the browser started, once.
+pytestmark = pytest.mark.xdist_group("explorer")
+
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[TwoStageData, Trained]:

@@ -225,27 +225,32 @@ def _run(function: Callable[..., Any], exercise: Exercise, arguments: Sequence[A
     try:
         with _time_limit(TIME_LIMIT):
             return function(*arguments)
-    except TimeoutError as error:
+    except _Late as error:
         raise _Wrong("does not end", f"No answer after {TIME_LIMIT:.0f} s of computing.") from error
     except Endless as error:
         raise _Wrong("does not end", str(error)) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever a student's function raises is the student's to read about.
         raise _Raised("exception", _described(error, function, exercise, arguments)) from None
 
 
+class _Late(BaseException):
+    """The time is over. No `Exception`, which a student's function may well catch."""
+
+
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` after some time of computing, where the system has such an alarm."""
+    """Raise `_Late` after some time of computing, where the system has such an alarm."""
     if not hasattr(signal, "SIGPROF") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(*_: object) -> None:
-        raise TimeoutError
+        raise _Late
 
     before = signal.signal(signal.SIGPROF, ring)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    # Again and again: a function may catch what it is told.
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         yield
     finally:
@@ -254,7 +259,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _described(
-    error: Exception, function: Callable[..., Any], exercise: Exercise, arguments: Sequence[Any]
+    error: BaseException, function: Callable[..., Any], exercise: Exercise, arguments: Sequence[Any]
 ) -> str:
     """Return an exception in a sentence or two: what, where, and what it mostly means."""
     text = (str(error).strip().splitlines() or [""])[0]

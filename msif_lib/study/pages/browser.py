@@ -26,6 +26,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 _FLAGS = (
     "--headless",
     "--no-sandbox",  # the pages are the project's own; containers have no sandbox
+    "--disable-dev-shm-usage",  # containers have little of it
     "--disable-gpu",
     "--disable-quic",
     "--disable-background-networking",
@@ -60,11 +61,12 @@ class Browser:
         program = find_chromium()
         if program is None:
             raise ProjectError(f"no Chromium found; looked for {', '.join(NAMES)} in PATH")
+        self._program = program
         self._timeout = timeout
         self._count = 0
         self._session = ""
         self._received = b""
-        self._events: list[str] = []
+        self._loaded: set[str] = set()
         self._profile = tempfile.mkdtemp()
         reading, self._in = os.pipe()
         self._out, writing = os.pipe()
@@ -83,10 +85,15 @@ class Browser:
         )
         for end in (reading, writing, *ends):
             os.close(end)
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        self.call("Page.enable")
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+            self._session = attached["sessionId"]
+            self.call("Page.enable")
+            self.call("Page.setLifecycleEventsEnabled", enabled=True)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         """Return the browser."""
@@ -98,6 +105,9 @@ class Browser:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Close the browser and remove what it wrote."""
         os.close(self._in)
         os.close(self._out)
@@ -110,9 +120,11 @@ class Browser:
         """Return the browser's next message."""
         while b"\0" not in self._received:
             ready, _, _ = select.select([self._out], [], [], self._timeout)
-            data = os.read(self._out, 1 << 20) if ready else b""
+            if not ready:
+                raise ProjectError(f"{self._program} did not answer within {self._timeout:.0f} s")
+            data = os.read(self._out, 1 << 20)
             if not data:
-                raise ProjectError(f"Chromium did not answer within {self._timeout:.0f} s")
+                raise ProjectError(f"{self._program} ended unexpectedly")
             self._received += data
         message, _, self._received = self._received.partition(b"\0")
         return dict(json.loads(message))
@@ -137,15 +149,24 @@ class Browser:
         if self._session:
             request["sessionId"] = self._session
         data = json.dumps(request).encode() + b"\0"
-        while data:
-            data = data[os.write(self._in, data) :]
+        try:
+            while data:
+                data = data[os.write(self._in, data) :]
+        except BrokenPipeError as error:
+            raise ProjectError(f"{self._program} ended unexpectedly") from error
         while True:
             message = self._message()
             if message.get("id") == self._count:
                 if "error" in message:
                     raise ProjectError(f"Chromium, {method}: {message['error']['message']}")
                 return dict(message["result"])
-            self._events.append(str(message.get("method", "")))
+            self._note(message)
+
+    def _note(self, message: dict[str, Any]) -> None:
+        """Remember which of the pages asked for has been loaded."""
+        about = message.get("params", {})
+        if message.get("method") == "Page.lifecycleEvent" and about["name"] == "load":
+            self._loaded.add(about["loaderId"])
 
     def open(self, page: Path | str, theme: str = "light", width: int = 1400) -> None:
         """Show a page and wait until it is loaded, its formulas included.
@@ -170,14 +191,15 @@ class Browser:
         preferred = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
         features = [{"name": name, "value": value} for name, value in preferred.items()]
         self.call("Emulation.setEmulatedMedia", features=features)
-        self._events.clear()
         url = page.resolve().as_uri() if isinstance(page, Path) else page
-        self.call("Page.navigate", url=url)
+        answer = self.call("Page.navigate", url=url)
+        if "errorText" in answer:
+            raise ProjectError(f"{url}: {answer['errorText']}")
         deadline = time.monotonic() + self._timeout
-        while "Page.loadEventFired" not in self._events:
+        while answer["loaderId"] not in self._loaded:
             if time.monotonic() > deadline:
                 raise ProjectError(f"{url} did not load within {self._timeout:.0f} s")
-            self._events.append(str(self._message().get("method", "")))
+            self._note(self._message())
         self.evaluate(
             "(async () => { await document.fonts.ready;"
             " if (window.MathJax && MathJax.startup) await MathJax.startup.promise; })()"

@@ -140,16 +140,16 @@ def make_pdf(root: Path = ROOT, edition: str = "reader") -> Path:
             )
             print(f"  {page:<30} {len(reader.pages):4d} pages", flush=True)
         numbers = _number_pages(browser, len(writer.pages), folder)
-        for number, stamp in zip(writer.pages, numbers.pages):
+        for number, stamp in zip(writer.pages, numbers.pages, strict=True):
             number.merge_page(stamp)
     _mend_links(writer, first)
     writer.compress_identical_objects()
     title = yaml.safe_load((root / "book" / "_config.yml").read_text(encoding="utf-8"))["title"]
     writer.add_metadata({"/Title": title})
     target = html.parent / f"{edition}.pdf"
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
-        writer.write(file)
-    Path(file.name).replace(target)
+    unfinished = target.with_suffix(".part")
+    writer.write(unfinished)
+    unfinished.replace(target)
     return target
 
 
@@ -165,8 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m msif_lib.study.pages.pdf", description="Print the rendered book."
     )
     parser.add_argument("--edition", default="reader", help=", ".join(HTML))
+    parser.add_argument("--check", action="store_true", help="only whether there is a Chromium")
     options = parser.parse_args(arguments)
     try:
+        if options.check:
+            Browser().close()
+            return 0
         path = make_pdf(edition=options.edition)
     except ProjectError as error:
         print(f"error: {error}", file=sys.stderr)
