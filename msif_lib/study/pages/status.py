@@ -97,18 +97,13 @@ def _record_rows(root: Path, notebooks: Sequence[Notebook]) -> list[list[str]]:
     for path, pages in sorted(readers.items()):
         record = read_record(path)
         origin = record["provenance"]
-        packages = origin["packages"]
-        versions = [f"Python {origin['python']}"]
-        versions += [f"{name} {packages[name]}" for name in ("torch", "numpy") if name in packages]
         rows.append(
             [
-                f"`{path.relative_to(root).as_posix()}`",
+                f"`{path.relative_to(root / 'results').as_posix()}`",
                 ", ".join(pages),
-                str(record["dataset"]),
                 str(origin["date"])[:10],
                 _duration(record["wall_time"]),
                 f"{origin['device']}, {origin['dtype']}, threads: {origin['threads']}",
-                ", ".join(versions),
             ]
         )
     return rows
@@ -161,7 +156,8 @@ def status_page(root: Path, profile: str, notebooks: Sequence[Notebook]) -> str:
     if records:
         parts += [
             "## Records\n\nSome pages also show numbers that were computed before, on other data "
-            "or machines, and are kept with the project. These files were there:\n",
-            _table(["File", "Read by", "Data", "Date", "Time", "Device", "Versions"], records),
+            "or machines, and are kept with the project, in `results/`, each with its parameters "
+            "and versions. These files were there:\n",
+            _table(["File", "Read by", "Date", "Time", "Device"], records),
         ]
     return "\n".join(parts)
