@@ -53,6 +53,10 @@ _MENDED = (
     (r"<th((?:\s+[\w-]+=\"[^\"]*\")*)>(?:\s|&nbsp;)*</th>", r"<td\1></td>"),
     # Every exercise, solution and proof of a page has a content of this name.
     (r' id="(?:exercise|solution|proof)-content"', ""),
+    # Nor may all proofs of a page have one name.
+    (r'(<div class="proof admonition") id="proof"', r"\1"),
+    # A role that has been given up: what stands in a list is an item of it.
+    (r'(<div class="citation"[^>]*) role="doc-biblioentry"', r'\1 role="listitem"'),
     # Notes in the margin and at the foot are not parts of the page to jump to.
     (r'<aside class="margin sidebar">\s*<p class="sidebar-title"></p>', _MARGIN),
     (r'<aside class="footnote-list brackets">', _FOOTNOTES),
