@@ -84,6 +84,8 @@ class Preconditioner:
         H, ``(p, p)``.
     floor
         Eigenvalues are taken in absolute value and not below this share of the largest.
+    damping
+        λ ≥ 0, added to them.
 
     Attributes
     ----------
@@ -91,9 +93,9 @@ class Preconditioner:
         The eigenvalues so taken ``(p,)`` and the eigenvectors, columns of ``(p, p)``.
     """
 
-    def __init__(self, matrix: Tensor, floor: float = 1e-10) -> None:
+    def __init__(self, matrix: Tensor, floor: float = 1e-10, damping: float = 0.0) -> None:
         values, self.vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        self.values = values.abs().clamp_min(floor * float(values.abs().max()))
+        self.values = values.abs().clamp_min(floor * float(values.abs().max())) + damping
 
     @classmethod
     def from_eigenpairs(cls, values: Tensor, vectors: Tensor) -> Preconditioner:

@@ -109,6 +109,8 @@ def retrain_without(
     tol: float = 1e-9,
     max_evaluations: int | None = None,
     descent: Descent | None = None,
+    damping: float = 0.0,
+    pretrain_hessian: Tensor | None = None,
     models_at_once: int = 32,
     jobs: int | None = None,
     threads: int = 1,
@@ -147,6 +149,15 @@ def retrain_without(
         None: finetuning goes on to the tolerance. Otherwise it is plain, without a proximal term:
         where case 1 has ended, with a head trained on the new W̄, embedding and head take these
         steps.
+    damping
+        λ ≥ 0, added to the absolute eigenvalues of the Hessians at the trained parameters, whose
+        inverse preconditions a warm start, then to its end and not only near the start. It changes
+        the way, not where it ends. Give some where a symmetry of the model makes the Hessian
+        singular, as in language models: rounding errors in those directions are blown up
+        otherwise.
+    pretrain_hessian
+        The pretraining Hessian at the trained parameters ``(p, p)``, for those who have it; None:
+        a warm start of up to 4,000 parameters computes it.
     models_at_once
         Models trained together, one job; changes memory and speed, and of results the last bits.
     jobs
@@ -180,14 +191,21 @@ def retrain_without(
         A removal that is empty, repeats an index, lies outside the pretraining data or leaves
         nothing of it; a mask of another length than the data; α ≤ 0, or an α for a plain
         finetuning; a `fraction` outside (0, 1];
-        `tol` ≤ 0; `jobs` of 0; embeddings of the two stages that differ in parameter names or
-        shapes; a stage of which each process reads a share.
+        `tol` ≤ 0; a negative `damping`; a `pretrain_hessian` of another shape; `jobs` of 0;
+        embeddings of the two stages that differ in parameter names or shapes; a stage of which
+        each process reads a share.
     TypeError
         Removals that are indices, not sets of indices; indices that are no whole numbers.
     """
-    _check_settings(alpha, fraction, tol)
+    _check_settings(alpha, fraction, tol, damping)
     if alpha is not None and descent is not None:
         raise ValueError("plain finetuning (descent) has no proximal term; leave alpha out")
+    size = len(pretrain.vector())
+    if pretrain_hessian is not None and pretrain_hessian.shape != (size, size):
+        raise ValueError(
+            f"pretrain_hessian must be of shape {(size, size)}, as the pretraining stage has "
+            f"{size} parameters, not {tuple(pretrain_hessian.shape)}"
+        )
     if models_at_once < 1 or (max_evaluations is not None and max_evaluations < 1):
         raise ValueError("models_at_once and max_evaluations must be at least 1")
     if threads < 1 or jobs == 0:
@@ -213,6 +231,7 @@ def retrain_without(
         tol=tol,
         limit=max_evaluations or (20_000 if cold_start else 5000),
         descent=descent,
+        damping=damping,
     )
     # The first job removes nothing: what every removal is measured against.
     batches = [
@@ -227,7 +246,7 @@ def retrain_without(
     results = [kept.get(name) for name in names]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing and not cold_start:
-        trainings.precondition(kept, stages)
+        trainings.precondition(kept, stages, pretrain_hessian)
     models = sum(map(len, work))
     bar = tqdm(
         total=models, desc="retraining", unit=" models", disable=not progress, delay=1, leave=False
@@ -273,36 +292,49 @@ class _Trainings:
     tol: float
     limit: int
     descent: Descent | None
+    damping: float
     preconditioners: tuple[RowPreconditioner | None, ...] = (None, None)
 
     def settings(self) -> tuple[object, ...]:
         """What results depend on beside the stages, the removals and the test data."""
         return (
             self.starts, self.cold, self.alpha, self.renormalise, self.fraction, self.tol,
-            self.limit, self.descent,
+            self.limit, self.descent, self.damping,
         )  # fmt: skip
 
-    def precondition(self, kept: Checkpoint, stages: tuple[str, str]) -> None:
+    def precondition(
+        self, kept: Checkpoint, stages: tuple[str, str], pretrain_hessian: Tensor | None
+    ) -> None:
         """Factorise both Hessians at the start, or read their factors."""
         pretrain, finetune, alpha = self.pretrain, self.finetune, self.alpha
         size = finetune.head_size if alpha is None else len(finetune.vector())
-        self.preconditioners = (
-            _preconditioner(
-                kept, ("pretraining", stages[0]), len(pretrain.vector()), lambda: Hessian(pretrain)
-            ),
-            _preconditioner(
+        first: RowPreconditioner | None
+        if pretrain_hessian is not None:
+            first = Preconditioner(pretrain_hessian.to(pretrain.vector()), damping=self.damping)
+        else:
+            first = _preconditioner(
                 kept,
-                ("finetuning", stages[1], alpha),
-                size,
-                lambda: _finetuning_hessian(finetune, alpha),
-            ),
+                ("pretraining", stages[0]),
+                len(pretrain.vector()),
+                lambda: Hessian(pretrain),
+                self.damping,
+            )
+        second = _preconditioner(
+            kept,
+            ("finetuning", stages[1], alpha),
+            size,
+            lambda: _finetuning_hessian(finetune, alpha),
+            self.damping,
         )
+        self.preconditioners = (first, second)
 
     def __call__(self, removals: list[list[int]]) -> dict[str, Tensor]:
         """Train r models: their test losses ``(r, T)``, and how each training ended."""
         finetune, alpha, count = self.finetune, self.alpha, len(removals)
         weights = _weights(removals, self.pretrain, self.renormalise, self.fraction)
-        first = minimise_near(
+        # A damped preconditioner is of use far from the start as well.
+        train = minimise if self.damping else minimise_near
+        first = train(
             _batched(_pretraining_terms(self.pretrain, weights)),
             self.starts[0].expand(count, -1),
             self.tol,
@@ -317,9 +349,7 @@ class _Trainings:
             if self.cold:
                 start = torch.cat([embeddings, start[:, finetune.embedding_size :]], 1)
             terms = _proximal_terms(finetune, embeddings, alpha)
-        second = minimise_near(
-            _batched(terms), start, self.tol, self.preconditioners[1], self.limit
-        )
+        second = train(_batched(terms), start, self.tol, self.preconditioners[1], self.limit)
         x = torch.cat([embeddings, second.x], 1) if alpha is None else second.x
         if self.descent is not None:
             # With α = 0 the proximal objective is that of plain finetuning.
@@ -451,22 +481,23 @@ def _preconditioner(
     parts: tuple[object, ...],
     size: int,
     hessian: Callable[[], Hessian | AddDiagonal],
+    damping: float,
 ) -> RowPreconditioner | None:
-    """The inverse of a matrix near the Hessian, kept under a name for `parts`.
+    """The inverse of a matrix near the Hessian, kept under a name for `parts` and `damping`.
 
     The Hessian itself where it is small enough to be factorised, else a sketch of the
     Gauss-Newton matrix.
     """
-    name = f"preconditioner-{fingerprint(software(), *parts)}"
+    name = f"preconditioner-{fingerprint(software(), *parts, damping)}"
     factors = kept.get(name)
     if size <= _DENSE_PARAMETERS:
         if factors is not None:
             return Preconditioner.from_eigenpairs(**factors)
-        made = Preconditioner(hessian().dense())
+        made = Preconditioner(hessian().dense(), damping=damping)
         kept.put(name, {"values": made.values, "vectors": made.vectors})
         return made
     if factors is None:
-        sketch = hessian().preconditioner()
+        sketch = hessian().preconditioner(damping)
         if sketch is None:
             return None
         factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
@@ -492,13 +523,15 @@ def _double(test: Batch, device: torch.device) -> Batch:
     return inputs, targets
 
 
-def _check_settings(alpha: float | None, fraction: float, tol: float) -> None:
+def _check_settings(alpha: float | None, fraction: float, tol: float, damping: float) -> None:
     if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha must be positive (or None for case 1), not {alpha}")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
     if not tol > 0:
         raise ValueError(f"tol must be positive, not {tol}")
+    if not damping >= 0:
+        raise ValueError(f"damping must not be negative, not {damping}")
 
 
 def _indices(number: int, removal: Any, size: int) -> list[int]:

@@ -13,6 +13,7 @@ from problems import ALPHAS, F64, Problem, newton, relative_error, retrain
 from torch import Tensor, nn
 
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
+from msif_lib.curvature import Hessian
 from msif_lib.minimise import descend
 from msif_lib.retraining import Descent, Preconditioner, minimise, retrain_without
 from msif_lib.solvers import Dense
@@ -134,6 +135,8 @@ def test_the_preconditioner_is_the_inverse_of_the_absolute_value():
     rows = torch.randn(3, 4, dtype=F64, generator=g)
     inverse = (q / values.abs().clamp_min(3e-2)) @ q.T
     assert torch.allclose(Preconditioner((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
+    damped = (q / (values.abs() + 0.3)) @ q.T
+    assert torch.allclose(Preconditioner((q * values) @ q.T, damping=0.3)(rows), rows @ damped)
 
 
 def test_descent_takes_the_steps_of_torch_s_sgd():
@@ -221,6 +224,62 @@ def test_a_cold_start_ends_where_a_warm_one_does(convex, alpha):
     assert found.converged.all()
     assert torch.allclose(found.losses, warm.losses, atol=1e-7)
     assert found.evaluations.sum() > warm.evaluations.sum()
+
+
+def test_a_hessian_that_is_there_is_not_computed_again(mlp, monkeypatch):
+    first, second = mlp.stages()
+    settings = {"fraction": 0.1, "damping": 1e-3, **QUIET}
+    own = retrain_without(first, second, [[1], [4]], mlp.test_data, **settings)
+    given = Hessian(first).dense()
+
+    def dense(operator):
+        assert operator.shape[0] == second.head_size, "of the head alone"
+        return undisturbed(operator)
+
+    undisturbed = Hessian.dense
+    monkeypatch.setattr(Hessian, "dense", dense)
+    found = retrain_without(
+        first, second, [[1], [4]], mlp.test_data, pretrain_hessian=given, **settings
+    )
+    assert torch.equal(found.losses, own.losses)
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
+def test_damping_retrains_a_model_with_a_symmetry(alpha):
+    """Two linear layers: turning the middle changes neither losses nor weight decay."""
+    g = torch.Generator().manual_seed(3)
+    z, x = torch.randn(40, 5, dtype=F64, generator=g), torch.randn(30, 5, dtype=F64, generator=g)
+    rule = torch.randn(5, 3, dtype=F64, generator=g)
+    noise = torch.randn(40, 3, dtype=F64, generator=g)
+    torch.manual_seed(0)
+    embedding = nn.Linear(5, 2, bias=False, dtype=F64)
+    first = Stage(
+        embedding, nn.Linear(2, 3, dtype=F64), cross_entropy,
+        (z, (z @ rule + noise).argmax(1)), l2=0.01,
+    )  # fmt: skip
+    train(first, 1e-11)
+    second = Stage(
+        copy.deepcopy(embedding), nn.Linear(2, 3, dtype=F64), cross_entropy,
+        (x[:20], (x[:20] @ rule).argmax(1)), l2=0.01,
+    )  # fmt: skip
+    more = {} if alpha is None else {"towards": first.embedding_vector(), "alpha": alpha}
+    train(second, 1e-11, head_only=alpha is None, **more)
+    eigenvalues = torch.linalg.eigvalsh(Hessian(first).dense())
+    assert eigenvalues[0].abs() < 1e-9 < 1e-3 < eigenvalues[1]
+
+    test = x[20:], (x[20:] @ rule).argmax(1)
+    groups = [[0, 5, 9], [2, 3, 11], [7, 20, 31]]
+    ends = {}
+    for name, how in {
+        "damped": {"damping": 1e-2},
+        "from elsewhere": {"cold_start": (first, second)},
+    }.items():
+        ends[name] = retrain_without(first, second, groups, test, alpha, tol=1e-10, **how, **QUIET)
+        assert ends[name].converged.all()
+    damped, elsewhere = ends.values()
+    assert (damped.change.abs() > 1e-2).all(), "something is to be found out"
+    assert relative_error(damped.per_test_change, elsewhere.per_test_change) < 1e-7
+    assert (damped.evaluations[:, 0] < elsewhere.evaluations[:, 0]).all()
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn average", "mlp with a penalty"])
@@ -365,6 +424,8 @@ def test_the_stages_are_left_as_they_were(convex):
         ([[0]], {"alpha": 0.0}, r"alpha must be positive \(or None for case 1\), not 0"),
         ([[0]], {"alpha": float("nan")}, "alpha must be positive"),
         ([[0]], {"tol": 0.0}, "tol must be positive, not 0"),
+        ([[0]], {"damping": -0.1}, "damping must not be negative, not -0.1"),
+        ([[0]], {"pretrain_hessian": torch.eye(2)}, r"pretrain_hessian must be of shape \("),
         ([[0]], {"fraction": 0.0}, "fraction must lie above 0 and at most at 1, not 0"),
         ([[0]], {"fraction": 1.1}, "fraction must lie above 0"),
         ([[0]], {"models_at_once": 0}, "must be at least 1"),

@@ -52,9 +52,9 @@ class Counter:
     def __init__(self, function) -> None:
         self.function, self.calls = function, 0
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **settings):
         self.calls += 1
-        return self.function(*arguments)
+        return self.function(*arguments, **settings)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def factorised(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts the Hessians that are factorised."""
     counter = Counter(module.Preconditioner.__init__)
-    monkeypatch.setattr(module.Preconditioner, "__init__", lambda *args: counter(*args))
+    monkeypatch.setattr(module.Preconditioner, "__init__", lambda *args, **kw: counter(*args, **kw))
     return counter
 
 
@@ -242,6 +242,7 @@ def changed(problem: Problem, what: str) -> dict:
             "tol": {"tol": 2e-9},
             "max_evaluations": {"max_evaluations": 4999},
             "cold start": {"cold_start": problem.stages(ALPHAS[0])},
+            "damping": {"damping": 1e-3},
             "threads": {"threads": 2},
         }[what]
     return {"stages": tuple(stages)}
@@ -252,7 +253,7 @@ def changed(problem: Problem, what: str) -> dict:
     [
         "first stage's parameters", "second stage's parameters", "first stage's data",
         "second stage's data", "loss", "weight decay", "regularizer", "test data", "renormalise",
-        "fraction", "tol", "max_evaluations", "cold start", "threads",
+        "fraction", "tol", "max_evaluations", "cold start", "damping", "threads",
     ],
 )  # fmt: skip
 def test_what_is_changed_is_trained_anew(convex, tmp_path, trained, what):
