@@ -143,3 +143,9 @@ def test_what_cannot_descend(stages):
         descend(fixed, test, [1], RATE, -1.0)
     with pytest.raises(FloatingPointError, match="diverges at learning rate"):
         descend(fixed, test, [100], 1e6)
+
+
+def test_where_the_steps_stay_finite_but_not_their_derivatives(stages):
+    _, fixed, _, test = stages
+    with pytest.raises(FloatingPointError, match="derivatives of gradient descent overflow"):
+        descend(fixed, test, [600], 40.0)

@@ -84,7 +84,8 @@ def descend(
         No steps or a negative number of them, a learning rate that is not positive, a negative
         `alpha`.
     FloatingPointError
-        The descent diverges.
+        The descent diverges, or its derivatives do: steps longer than 2 over the largest curvature
+        double back, and every one of them multiplies what is carried back through it.
     """
     if not steps or min(steps) < 0:
         raise ValueError(f"steps must be numbers from 0 on, not {steps}")
@@ -104,6 +105,11 @@ def descend(
     tested = {k: _test(work, path[k], test) for k in sorted(set(steps))}
     stops = {k: gradient for k, (_, _, gradient) in tested.items()}
     of_start = through_steps(work, path, descent, stops, alpha)
+    if not all(gradient.isfinite().all() for gradient in of_start.values()):
+        raise FloatingPointError(
+            f"the derivatives of gradient descent overflow at learning rate {learning_rate}; lower "
+            "it below 2 over the largest eigenvalue of the Hessian"
+        )
     return {
         k: Stopped(path[k], loss, accuracy, of_start[k][: work.embedding_size])
         for k, (loss, accuracy, _) in tested.items()
