@@ -84,8 +84,6 @@ class Preconditioner:
         H, ``(p, p)``.
     floor
         Eigenvalues are taken in absolute value and not below this share of the largest.
-    damping
-        λ ≥ 0, added to them.
 
     Attributes
     ----------
@@ -93,9 +91,9 @@ class Preconditioner:
         The eigenvalues so taken ``(p,)`` and the eigenvectors, columns of ``(p, p)``.
     """
 
-    def __init__(self, matrix: Tensor, floor: float = 1e-10, damping: float = 0.0) -> None:
+    def __init__(self, matrix: Tensor, floor: float = 1e-10) -> None:
         values, self.vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        self.values = values.abs().clamp_min(floor * float(values.abs().max())) + damping
+        self.values = values.abs().clamp_min(floor * float(values.abs().max()))
 
     @classmethod
     def from_eigenpairs(cls, values: Tensor, vectors: Tensor) -> Preconditioner:
@@ -218,6 +216,7 @@ def minimise_near(
     tol: float,
     preconditioner: RowPreconditioner | None,
     limit: int,
+    near: int = _PRECONDITIONED,
 ) -> Minimum:
     """Minimise, first with the Hessian at the start, then without for what went far from it.
 
@@ -227,22 +226,24 @@ def minimise_near(
         As for :func:`minimise`.
     limit
         Evaluations allowed for each objective, of both attempts together.
+    near
+        Evaluations allowed for the first.
 
     Returns
     -------
     Minimum
         As of :func:`minimise`.
     """
-    if preconditioner is None or limit <= _PRECONDITIONED:
+    if preconditioner is None or limit <= near:
         return minimise(objective, start, tol, preconditioner, limit)
-    near = minimise(objective, start, tol, preconditioner, _PRECONDITIONED)
-    rest = (~near.converged).nonzero()[:, 0]
+    first = minimise(objective, start, tol, preconditioner, near)
+    rest = (~first.converged).nonzero()[:, 0]
     if not len(rest):
-        return near
+        return first
     far = minimise(
-        lambda x, which: objective(x, rest[which]), near.x[rest], tol, None, limit - _PRECONDITIONED
+        lambda x, which: objective(x, rest[which]), first.x[rest], tol, None, limit - near
     )
-    x, norms, evaluations = near.x.clone(), near.gradient_norms.clone(), near.evaluations.clone()
+    x, norms, evaluations = first.x.clone(), first.gradient_norms.clone(), first.evaluations.clone()
     x[rest], norms[rest] = far.x, far.gradient_norms
     evaluations[rest] += far.evaluations
     return Minimum(x, norms, norms <= tol, evaluations)

@@ -150,14 +150,16 @@ def retrain_without(
         where case 1 has ended, with a head trained on the new W̄, embedding and head take these
         steps.
     damping
-        λ ≥ 0, added to the absolute eigenvalues of the Hessians at the trained parameters, whose
-        inverse preconditions a warm start, then to its end and not only near the start. It changes
-        the way, not where it ends. Give some where a symmetry of the model makes the Hessian
-        singular, as in language models: rounding errors in those directions are blown up
-        otherwise.
+        λ ≥ 0: a warm start is preconditioned by (|H| + λI)⁻¹, with H the Hessians at the trained
+        parameters, and for half of its evaluations instead of the first 50. Give some where a
+        symmetry of the model makes H singular, as in language models: as the parameters move,
+        the flat directions turn, and an undamped inverse multiplies whatever the gradient then
+        has along the old ones. It should lie far below the large eigenvalues. It changes neither
+        the objectives nor what counts as converged; of several minima it may find another one.
     pretrain_hessian
-        The pretraining Hessian at the trained parameters ``(p, p)``, for those who have it; None:
-        a warm start of up to 4,000 parameters computes it.
+        The pretraining Hessian at the trained parameters ``(p, p)``, for those who have it; then
+        it is factorised whatever its size. None: a warm start computes it up to 4,000 parameters,
+        and above that a sketch of the Gauss-Newton matrix.
     models_at_once
         Models trained together, one job; changes memory and speed, and of results the last bits.
     jobs
@@ -191,7 +193,8 @@ def retrain_without(
         A removal that is empty, repeats an index, lies outside the pretraining data or leaves
         nothing of it; a mask of another length than the data; α ≤ 0, or an α for a plain
         finetuning; a `fraction` outside (0, 1];
-        `tol` ≤ 0; a negative `damping`; a `pretrain_hessian` of another shape; `jobs` of 0;
+        `tol` ≤ 0; a negative `damping`; a `pretrain_hessian` that is of another shape, is not
+        finite, or is given to a cold start; `jobs` of 0;
         embeddings of the two stages that differ in parameter names or shapes; a stage of which
         each process reads a share.
     TypeError
@@ -200,12 +203,8 @@ def retrain_without(
     _check_settings(alpha, fraction, tol, damping)
     if alpha is not None and descent is not None:
         raise ValueError("plain finetuning (descent) has no proximal term; leave alpha out")
-    size = len(pretrain.vector())
-    if pretrain_hessian is not None and pretrain_hessian.shape != (size, size):
-        raise ValueError(
-            f"pretrain_hessian must be of shape {(size, size)}, as the pretraining stage has "
-            f"{size} parameters, not {tuple(pretrain_hessian.shape)}"
-        )
+    if pretrain_hessian is not None:
+        _check_hessian(pretrain_hessian, len(pretrain.vector()), cold_start is not None)
     if models_at_once < 1 or (max_evaluations is not None and max_evaluations < 1):
         raise ValueError("models_at_once and max_evaluations must be at least 1")
     if threads < 1 or jobs == 0:
@@ -232,6 +231,7 @@ def retrain_without(
         limit=max_evaluations or (20_000 if cold_start else 5000),
         descent=descent,
         damping=damping,
+        pretrain_hessian=pretrain_hessian,
     )
     # The first job removes nothing: what every removal is measured against.
     batches = [
@@ -246,7 +246,7 @@ def retrain_without(
     results = [kept.get(name) for name in names]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing and not cold_start:
-        trainings.precondition(kept, stages, pretrain_hessian)
+        trainings.precondition(kept, stages)
     models = sum(map(len, work))
     bar = tqdm(
         total=models, desc="retraining", unit=" models", disable=not progress, delay=1, leave=False
@@ -293,53 +293,52 @@ class _Trainings:
     limit: int
     descent: Descent | None
     damping: float
+    pretrain_hessian: Tensor | None
     preconditioners: tuple[RowPreconditioner | None, ...] = (None, None)
 
     def settings(self) -> tuple[object, ...]:
         """What results depend on beside the stages, the removals and the test data."""
         return (
             self.starts, self.cold, self.alpha, self.renormalise, self.fraction, self.tol,
-            self.limit, self.descent, self.damping,
+            self.limit, self.descent, self.damping, self.pretrain_hessian,
         )  # fmt: skip
 
-    def precondition(
-        self, kept: Checkpoint, stages: tuple[str, str], pretrain_hessian: Tensor | None
-    ) -> None:
+    def precondition(self, kept: Checkpoint, stages: tuple[str, str]) -> None:
         """Factorise both Hessians at the start, or read their factors."""
         pretrain, finetune, alpha = self.pretrain, self.finetune, self.alpha
+        given, damping = self.pretrain_hessian, self.damping
         size = finetune.head_size if alpha is None else len(finetune.vector())
-        first: RowPreconditioner | None
-        if pretrain_hessian is not None:
-            first = Preconditioner(pretrain_hessian.to(pretrain.vector()), damping=self.damping)
-        else:
-            first = _preconditioner(
-                kept,
-                ("pretraining", stages[0]),
-                len(pretrain.vector()),
-                lambda: Hessian(pretrain),
-                self.damping,
-            )
+        first = _preconditioner(
+            kept,
+            ("pretraining", stages[0], given),
+            len(pretrain.vector()),
+            lambda: Hessian(pretrain),
+            damping,
+            None if given is None else given.to(pretrain.vector()),
+        )
         second = _preconditioner(
             kept,
             ("finetuning", stages[1], alpha),
             size,
             lambda: _finetuning_hessian(finetune, alpha),
-            self.damping,
+            damping,
         )
         self.preconditioners = (first, second)
+        self.pretrain_hessian = None  # the factors are all that a job needs
 
     def __call__(self, removals: list[list[int]]) -> dict[str, Tensor]:
         """Train r models: their test losses ``(r, T)``, and how each training ended."""
         finetune, alpha, count = self.finetune, self.alpha, len(removals)
         weights = _weights(removals, self.pretrain, self.renormalise, self.fraction)
-        # A damped preconditioner is of use far from the start as well.
-        train = minimise if self.damping else minimise_near
-        first = train(
+        # A damped preconditioner is of use for longer; none is to be relied on to the end.
+        near = {"near": max(50, self.limit // 2)} if self.damping else {}
+        first = minimise_near(
             _batched(_pretraining_terms(self.pretrain, weights)),
             self.starts[0].expand(count, -1),
             self.tol,
             self.preconditioners[0],
             self.limit,
+            **near,
         )
         embeddings = first.x[:, : self.pretrain.embedding_size]
         start = self.starts[1].expand(count, -1)
@@ -349,7 +348,9 @@ class _Trainings:
             if self.cold:
                 start = torch.cat([embeddings, start[:, finetune.embedding_size :]], 1)
             terms = _proximal_terms(finetune, embeddings, alpha)
-        second = train(_batched(terms), start, self.tol, self.preconditioners[1], self.limit)
+        second = minimise_near(
+            _batched(terms), start, self.tol, self.preconditioners[1], self.limit, **near
+        )
         x = torch.cat([embeddings, second.x], 1) if alpha is None else second.x
         if self.descent is not None:
             # With α = 0 the proximal objective is that of plain finetuning.
@@ -482,20 +483,23 @@ def _preconditioner(
     size: int,
     hessian: Callable[[], Hessian | AddDiagonal],
     damping: float,
+    matrix: Tensor | None = None,
 ) -> RowPreconditioner | None:
-    """The inverse of a matrix near the Hessian, kept under a name for `parts` and `damping`.
+    """The inverse of a matrix near the Hessian, kept under a name for `parts`.
 
-    The Hessian itself where it is small enough to be factorised, else a sketch of the
-    Gauss-Newton matrix.
+    The Hessian itself where it is given as a `matrix` or small enough to be factorised, else a
+    sketch of the Gauss-Newton matrix.
     """
+    if matrix is not None or size <= _DENSE_PARAMETERS:
+        name = f"preconditioner-{fingerprint(software(), *parts)}"
+        factors = kept.get(name)
+        if factors is None:
+            made = Preconditioner(hessian().dense() if matrix is None else matrix)
+            factors = {"values": made.values, "vectors": made.vectors}
+            kept.put(name, factors)
+        return Preconditioner.from_eigenpairs(factors["values"] + damping, factors["vectors"])
     name = f"preconditioner-{fingerprint(software(), *parts, damping)}"
     factors = kept.get(name)
-    if size <= _DENSE_PARAMETERS:
-        if factors is not None:
-            return Preconditioner.from_eigenpairs(**factors)
-        made = Preconditioner(hessian().dense(), damping=damping)
-        kept.put(name, {"values": made.values, "vectors": made.vectors})
-        return made
     if factors is None:
         sketch = hessian().preconditioner(damping)
         if sketch is None:
@@ -532,6 +536,18 @@ def _check_settings(alpha: float | None, fraction: float, tol: float, damping: f
         raise ValueError(f"tol must be positive, not {tol}")
     if not damping >= 0:
         raise ValueError(f"damping must not be negative, not {damping}")
+
+
+def _check_hessian(hessian: Tensor, size: int, cold: bool) -> None:
+    if hessian.shape != (size, size):
+        raise ValueError(
+            f"pretrain_hessian must be of shape {(size, size)}, as the pretraining stage has "
+            f"{size} parameters, not {tuple(hessian.shape)}"
+        )
+    if not hessian.isfinite().all():
+        raise ValueError("pretrain_hessian is not finite")
+    if cold:
+        raise ValueError("a cold start uses no pretrain_hessian; leave it out")
 
 
 def _indices(number: int, removal: Any, size: int) -> list[int]:

@@ -145,7 +145,18 @@ def test_what_cannot_descend(stages):
         descend(fixed, test, [100], 1e6)
 
 
-def test_where_the_steps_stay_finite_but_not_their_derivatives(stages):
-    _, fixed, _, test = stages
+def test_where_the_steps_stay_finite_but_not_their_derivatives():
+    """At a stationary point no step moves, but each carries 1 − ησ back: here −29."""
+    embedding, head = (nn.Linear(1, size, bias=False, dtype=F64) for size in (1, 2))
+    embedding.load_state_dict({"weight": torch.zeros(1, 1)})
+    head.load_state_dict({"weight": torch.tensor([[1.0], [-1.0]])})
+    both = torch.ones(2, 1, dtype=F64), torch.tensor([0, 1])
+    stage = Stage(embedding, head, cross_entropy, both)
+    test = both[0][:1], both[1][:1]
+    some = descend(stage, test, [0, 1, 2], 30.0)
+    start = some[0].sensitivity
+    for k, stopped in some.items():
+        assert torch.equal(stopped.vector, stage.vector())
+        torch.testing.assert_close(stopped.sensitivity, (-29.0) ** k * start)
     with pytest.raises(FloatingPointError, match="derivatives of gradient descent overflow"):
-        descend(fixed, test, [600], 40.0)
+        descend(stage, test, [300], 30.0)

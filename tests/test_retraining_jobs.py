@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from msif_lib import Stage, cross_entropy
 from msif_lib import retraining as module
 from msif_lib.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.curvature import Hessian
 from msif_lib.fingerprint import fingerprint, rounded
 from msif_lib.jobs import _Shared, as_finished
 from msif_lib.retraining import Retraining, retrain_without
@@ -52,9 +53,9 @@ class Counter:
     def __init__(self, function) -> None:
         self.function, self.calls = function, 0
 
-    def __call__(self, *arguments, **settings):
+    def __call__(self, *arguments):
         self.calls += 1
-        return self.function(*arguments, **settings)
+        return self.function(*arguments)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def factorised(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts the Hessians that are factorised."""
     counter = Counter(module.Preconditioner.__init__)
-    monkeypatch.setattr(module.Preconditioner, "__init__", lambda *args, **kw: counter(*args, **kw))
+    monkeypatch.setattr(module.Preconditioner, "__init__", lambda *args: counter(*args))
     return counter
 
 
@@ -209,6 +210,20 @@ def test_other_removals_share_the_reference_and_the_factors(convex, tmp_path, tr
     retrain(convex, checkpoint=tmp_path, removals=[[11, 9, 3], [5]])
     retrain(convex, checkpoint=tmp_path, removals=[[9, 11, 3], [5]])
     assert trained.calls == 1, "the order within a set is no difference"
+
+
+def test_a_given_hessian_is_factorised_once_and_known_again(convex, tmp_path, trained, factorised):
+    hessian = Hessian(convex.stages(ALPHAS[0])[0]).dense()
+    settings = {"alpha": ALPHAS[0], "removals": [[0], [4]], "checkpoint": tmp_path}
+    base = retrain(convex, **settings, pretrain_hessian=hessian)
+    assert (trained.calls, factorised.calls) == (2, 2)
+    again = retrain(convex, **settings, pretrain_hessian=hessian)
+    assert_same_bits(base, again)
+    retrain(convex, **{**settings, "removals": [[1]]}, pretrain_hessian=hessian, damping=1e-3)
+    assert factorised.calls == 2, "damping is added to what is there"
+    retrain(convex, **settings, pretrain_hessian=2 * hessian)
+    assert factorised.calls == 3
+    assert trained.calls == 2 + 2 + 2
 
 
 def changed(problem: Problem, what: str) -> dict:

@@ -31,7 +31,8 @@ _TASKS = (
 _SIZE = (
     "The paper changes the number of examples and of steps at once. The page on the [size of the "
     "finetuning set](finetune_size.html) varies them one by one, and tests the forgetting filter "
-    "as the explanation."
+    "as the explanation. The paper does not say from which head finetuning began: with a new one the "
+    "first steps fit the head, and until it is fitted scores may well grow."
 )
 _QUALITY = (
     "The paper shows two pairs of images. The page on [misclassified images](misclassified.html) "
@@ -110,6 +111,8 @@ CLAIMS = (
     Claim("similarity_ratio", "4.3, Fig. B", "mean |I|, like task over unlike", "cifar10",
           0.055 / 0.025, "0.055 / 0.025", none=1.0, why=_TASKS),
     Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|, 3 × examples and steps",
+          "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
+    Claim("finetune_size_ratio_fitted", "4.4, Fig. C", "the same, from a fitted head",
           "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
     Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score", "gop",
           None, "a table", why=_TABLE),

@@ -84,8 +84,8 @@ def descend(
         No steps or a negative number of them, a learning rate that is not positive, a negative
         `alpha`.
     FloatingPointError
-        The descent diverges, or its derivatives do: steps longer than 2 over the largest curvature
-        double back, and every one of them multiplies what is carried back through it.
+        The descent diverges, or its derivatives do: where η exceeds 2 over the largest curvature,
+        every step enlarges what is carried back through it.
     """
     if not steps or min(steps) < 0:
         raise ValueError(f"steps must be numbers from 0 on, not {steps}")
