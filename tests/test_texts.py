@@ -158,6 +158,15 @@ def test_no_words_are_in_two_sets_and_classes_are_equal():
         assert [text.text in shuffled for text in part] == labels.bool().tolist()
 
 
+def test_texts_of_finetuning_may_be_longer_than_sentences():
+    data = two_stage_texts("pydoc", 100, 60, 40, longest=10, seed=3, finetune_longest=18)
+    lengths = [
+        max(len(text.tokens) for text in part) for part in (data.pretrain, data.finetune, data.test)
+    ]
+    assert lengths[0] <= 10 < min(lengths[1:])
+    assert max(lengths) <= 18
+
+
 def test_same_seed_same_draw():
     first, second, other = (two_stage_texts(seed=seed) for seed in (1, 1, 2))
     assert first.pretrain == second.pretrain
@@ -170,6 +179,8 @@ def test_same_seed_same_draw():
     [
         ({"name": "letters"}, "dataset must be one of"),
         ({"longest": 4}, "longest must be at least 5 tokens, not 4"),
+        ({"finetune_longest": 4}, "finetune_longest must be at least 5 tokens, not 4"),
+        ({"finetune_size": 5000, "finetune_longest": 6}, "of 5 to 6 tokens"),
         ({"finetune_size": 5}, "finetune_size must be a multiple of the 2 classes, not 5"),
         ({"test_size": 0}, "test_size must be a multiple of the 2 classes, not 0"),
         ({"test_size": 5000}, "ask for 2580 texts of the class 'sentence'"),

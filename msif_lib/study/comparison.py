@@ -31,8 +31,8 @@ _TASKS = (
 _SIZE = (
     "The paper changes the number of examples and of steps at once. The page on the [size of the "
     "finetuning set](finetune_size.html) varies them one by one, and tests the forgetting filter "
-    "as the explanation. The paper does not say from which head finetuning began: with a new one the "
-    "first steps fit the head, and until it is fitted scores may well grow."
+    "as the explanation. The paper does not say from which head finetuning began: with a new one "
+    "the first steps fit the head, and until it is fitted scores may well grow."
 )
 _QUALITY = (
     "The paper shows two pairs of images. The page on [misclassified images](misclassified.html) "

@@ -310,6 +310,7 @@ def two_stage_texts(
     test_size: int = 100,
     longest: int = 16,
     seed: int = 0,
+    finetune_longest: int | None = None,
 ) -> TwoStageTexts:
     """Draw sentences for pretraining and texts for finetuning and test.
 
@@ -325,6 +326,8 @@ def two_stage_texts(
         Tokens of a text at most; none has fewer than 5.
     seed
         Of the draw.
+    finetune_longest
+        Tokens of a text of finetuning or test at most; None: `longest`.
 
     Returns
     -------
@@ -334,13 +337,15 @@ def two_stage_texts(
     Raises
     ------
     ValueError
-        A size that is more than there is, or no multiple of the number of classes; `longest`
-        below 5; no such corpus.
+        A size that is more than there is, or no multiple of the number of classes; `longest` or
+        `finetune_longest` below 5; no such corpus.
     DataFileError
         As :func:`load_texts`.
     """
-    if longest < 5:
-        raise ValueError(f"longest must be at least 5 tokens, not {longest}")
+    finetune_longest = longest if finetune_longest is None else finetune_longest
+    for argument, size in (("longest", longest), ("finetune_longest", finetune_longest)):
+        if size < 5:
+            raise ValueError(f"{argument} must be at least 5 tokens, not {size}")
     corpus = load_texts(name)
     count = len(corpus.classes)
     for argument, size in (("finetune_size", finetune_size), ("test_size", test_size)):
@@ -348,17 +353,18 @@ def two_stage_texts(
             raise ValueError(f"{argument} must be a multiple of the {count} classes, not {size}")
     rng = np.random.default_rng(seed)
 
-    def fits(text: Text) -> bool:
-        return 5 <= len(text.tokens) <= longest
+    def fits(text: Text, most: int) -> bool:
+        return 5 <= len(text.tokens) <= most
 
     drawn: dict[str, list[tuple[Text, int]]] = {"finetune": [], "test": []}
     for label, name_of_class in enumerate(corpus.class_names):
-        texts = [text for text in corpus.classes[label] if fits(text)]
+        texts = [text for text in corpus.classes[label] if fits(text, finetune_longest)]
         wanted = {"finetune": finetune_size // count, "test": test_size // count}
         if sum(wanted.values()) > len(texts):
             raise ValueError(
                 f"finetune_size and test_size ask for {sum(wanted.values())} texts of the class "
-                f"{name_of_class!r}, but there are only {len(texts)} of 5 to {longest} tokens"
+                f"{name_of_class!r}, but there are only {len(texts)} of 5 to "
+                f"{finetune_longest} tokens"
             )
         order = iter(rng.permutation(len(texts)).tolist())
         for which, number in wanted.items():
@@ -366,7 +372,9 @@ def two_stage_texts(
     # A sentence and its words in another order are the same here.
     taken = {tuple(sorted(text.tokens)) for pairs in drawn.values() for text, _ in pairs}
     pool = [
-        text for text in corpus.sentences if fits(text) and tuple(sorted(text.tokens)) not in taken
+        text
+        for text in corpus.sentences
+        if fits(text, longest) and tuple(sorted(text.tokens)) not in taken
     ]
     if not 1 <= pretrain_size <= len(pool):
         raise ValueError(
