@@ -99,6 +99,21 @@ def test_tweets_have_one_copy_and_the_label_of_most(files):
     assert corpus.sentences[0].tokens == tuple(NEWS[0].split())
 
 
+def test_news_are_told_from_news_with_shuffled_words(files):
+    news = "".join(f"{line}\n" for line in [*NEWS, NEWS[0], "no no no no no"]).encode()
+    (files / "obw" / "shard.txt").write_bytes(news)
+    texts.NEWS_MD5["shard"] = md5(news)
+    (files / "gop" / "Sentiment.csv.gz").unlink()  # is not needed
+    corpus = load_texts("news")
+    assert [text.text for text in corpus.sentences] == NEWS, "all but the one with one word"
+    ordered, shuffled = corpus.classes
+    assert len(ordered) + len(shuffled) == len(NEWS)
+    assert {text.text for text in ordered} <= set(NEWS)
+    for text in shuffled:
+        assert text.text not in NEWS
+        assert sorted(text.tokens) in [sorted(line.split()) for line in NEWS]
+
+
 def test_texts_are_chosen_by_length(files):
     data = two_stage_texts("gop", 1, 2, 2, longest=13)
     assert [text.text for text in data.pretrain] == [NEWS[0]]
@@ -131,6 +146,8 @@ def test_without_a_folder_the_error_says_how_to_get_the_files(monkeypatch):
     monkeypatch.delenv("MSIF_DATA", raising=False)
     with pytest.raises(DataFileError, match=r"MSIF_DATA is not set.*obw/.*gop/"):
         load_texts("gop")
+    with pytest.raises(DataFileError, match=r"MSIF_DATA is not set.*obw/"):
+        load_texts("news")
 
 
 def test_the_embedded_corpus_has_sentences_and_sentences_in_disorder():

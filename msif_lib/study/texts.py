@@ -5,10 +5,12 @@
 from sentences whose words have been put in a random order. The pages are those of the Python that
 runs.
 
+``news`` is the same with sentences of the One Billion Word benchmark.
+
 ``gop`` is the paper's pair: pretraining reads sentences of the One Billion Word benchmark,
 finetuning tells positive from negative tweets about the first debate of the Republican candidates
-in August 2015. The files come from the folder named by the environment variable ``MSIF_DATA``,
-packed by gzip (``.gz``) or as they are:
+in August 2015. The files of both come from the folder named by the environment variable
+``MSIF_DATA``, packed by gzip (``.gz``) or as they are:
 
 - ``obw/`` with the shards of :data:`NEWS_MD5`, ``news.en.heldout-00000-of-00050.txt`` and so on;
 - ``gop/Sentiment.csv``.
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from msif_lib.study.datasets import DataFileError, data_folder
 
-NAMES = ("pydoc", "gop")
+NAMES = ("pydoc", "news", "gop")
 
 # md5 of the content; those of the news are in the benchmark's own list of checksums.
 NEWS_MD5 = {
@@ -171,18 +173,26 @@ def _load_pydoc() -> Corpus:
     from pydoc_data.topics import topics
 
     pages = (topics[name] for name in sorted(topics))
-    sentences = _distinct((text for page in pages for text in prose(page)), tokenise)
+    return _against_shuffled_words(
+        "pydoc",
+        _distinct((text for page in pages for text in prose(page)), tokenise),
+        "the prose of Python's own help pages (pydoc_data.topics)",
+    )
+
+
+def _against_shuffled_words(name: str, sentences: tuple[Text, ...], source: str) -> Corpus:
+    """Sentences for pretraining, and of them one half as they are and one with words shuffled."""
     # Always the same half in always the same disorder: seeds draw from it, and no sentence is in
     # both classes.
     rng = np.random.default_rng(0)
     halves = np.split(rng.permutation(len(sentences)), [len(sentences) // 2])
     ordered = tuple(sentences[index] for index in halves[0])
     return Corpus(
-        name="pydoc",
+        name=name,
         sentences=sentences,
         classes=(ordered, tuple(_shuffled(sentences[index], rng) for index in halves[1])),
         class_names=("sentence", "shuffled words"),
-        source="the prose of Python's own help pages (pydoc_data.topics)",
+        source=source,
     )
 
 
@@ -255,17 +265,29 @@ def _read_tweets(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _load_gop() -> Corpus:
+def _folder(how: str) -> Path:
     folder = data_folder()
     if folder is None:
-        raise DataFileError(
-            f"MSIF_DATA is not set, and these texts are not downloaded: {_HOW_NEWS}; {_HOW_TWEETS}"
-        )
+        raise DataFileError(f"MSIF_DATA is not set, and these texts are not downloaded: {how}")
+    return folder
+
+
+def _news(folder: Path) -> tuple[Text, ...]:
+    """The news, which come as tokens already, separated by spaces."""
+    return _distinct(_read_news(folder), str.split)
+
+
+def _load_news() -> Corpus:
+    sentences = tuple(text for text in _news(_folder(_HOW_NEWS)) if len(set(text.tokens)) > 1)
+    return _against_shuffled_words("news", sentences, "sentences of the One Billion Word benchmark")
+
+
+def _load_gop() -> Corpus:
+    folder = _folder(f"{_HOW_NEWS}; {_HOW_TWEETS}")
     tweets = _read_tweets(folder)
     return Corpus(
         name="gop",
-        # The news come as tokens already, separated by spaces.
-        sentences=_distinct(_read_news(folder), str.split),
+        sentences=_news(folder),
         classes=tuple(_distinct(iter(tweets[name]), tokenise) for name in tweets),
         class_names=tuple(name.lower() for name in tweets),
         source="sentences of the One Billion Word benchmark, and tweets about a debate",
@@ -274,7 +296,11 @@ def _load_gop() -> Corpus:
 
 # --- division into two stages ---------------------------------------------------------------------
 
-_LOADERS: dict[str, Callable[[], Corpus]] = {"pydoc": _load_pydoc, "gop": _load_gop}
+_LOADERS: dict[str, Callable[[], Corpus]] = {
+    "pydoc": _load_pydoc,
+    "news": _load_news,
+    "gop": _load_gop,
+}
 
 
 def load_texts(name: str) -> Corpus:
@@ -282,7 +308,7 @@ def load_texts(name: str) -> Corpus:
 
     Parameters
     ----------
-    name : {"pydoc", "gop"}
+    name : {"pydoc", "news", "gop"}
         The corpus.
 
     Returns
@@ -316,7 +342,7 @@ def two_stage_texts(
 
     Parameters
     ----------
-    name : {"pydoc", "gop"}
+    name : {"pydoc", "news", "gop"}
         The corpus.
     pretrain_size
         Sentences of pretraining.
