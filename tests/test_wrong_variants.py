@@ -77,7 +77,11 @@ CASE1 = {
             @ (
                 p.f_w
                 - p.f_wt
-                @ torch.linalg.solve(p.f_tt - q.spec.l2[1] * torch.eye(q.p_t, dtype=F64), p.f_t)
+                # Singular: the same constant added to every class's output changes no loss.
+                @ torch.linalg.pinv(
+                    p.f_tt - q.spec.l2[1] * torch.eye(q.p_t, dtype=F64), hermitian=True
+                )
+                @ p.f_t
             )
         )
     ),
