@@ -150,12 +150,13 @@ def retrain_without(
         where case 1 has ended, with a head trained on the new W̄, embedding and head take these
         steps.
     damping
-        λ ≥ 0: a warm start is preconditioned by (|H| + λI)⁻¹, with H the Hessians at the trained
-        parameters, and for half of its evaluations instead of the first 50. Give some where a
-        symmetry of the model makes H singular, as in language models: as the parameters move,
-        the flat directions turn, and an undamped inverse multiplies whatever the gradient then
-        has along the old ones. It should lie far below the large eigenvalues. It changes neither
-        the objectives nor what counts as converged; of several minima it may find another one.
+        λ ≥ 0, added to the absolute eigenvalues of the Hessians at the trained parameters, whose
+        inverse preconditions a warm start for half of its evaluations instead of the first 50.
+        Give some where a symmetry of the model makes a Hessian singular, as in language models:
+        as the parameters move, the flat directions turn, and an undamped inverse multiplies
+        whatever the gradient then has along the old ones. It should lie far below the large
+        eigenvalues. It changes neither the objectives nor what counts as converged; of several
+        minima it may find another one.
     pretrain_hessian
         The pretraining Hessian at the trained parameters ``(p, p)``, for those who have it; then
         it is factorised whatever its size. None: a warm start computes it up to 4,000 parameters,
