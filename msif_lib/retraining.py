@@ -195,9 +195,8 @@ def retrain_without(
         nothing of it; a mask of another length than the data; α ≤ 0, or an α for a plain
         finetuning; a `fraction` outside (0, 1];
         `tol` ≤ 0; a negative `damping`; a `pretrain_hessian` that is of another shape, is not
-        finite, or is given to a cold start; `jobs` of 0;
-        embeddings of the two stages that differ in parameter names or shapes; a stage of which
-        each process reads a share.
+        finite, or is given to a cold start; `jobs` of 0; embeddings of the two stages that differ
+        in parameter names or shapes; a stage of which each process reads a share.
     TypeError
         Removals that are indices, not sets of indices; indices that are no whole numbers.
     """
@@ -332,7 +331,7 @@ class _Trainings:
         finetune, alpha, count = self.finetune, self.alpha, len(removals)
         weights = _weights(removals, self.pretrain, self.renormalise, self.fraction)
         # A damped preconditioner is of use for longer; none is to be relied on to the end.
-        near = {"near": max(50, self.limit // 2)} if self.damping else {}
+        near = {"near": self.limit // 2} if self.damping else {}
         first = minimise_near(
             _batched(_pretraining_terms(self.pretrain, weights)),
             self.starts[0].expand(count, -1),
