@@ -109,10 +109,13 @@ class LinearOperator:
     def dense(self) -> Tensor:
         """The matrix itself, one product a column; kept, so that a second call is free."""
         if self._matrix is None:
-            eye = torch.eye(self.shape[1], dtype=self.dtype, device=self.device)
-            parts = [self @ columns for columns in eye.split(_DENSE_COLUMNS, 1)]
-            self._matrix = torch.cat(parts, 1)
+            self._matrix = self._leading(self.shape[1])
         return self._matrix
+
+    def _leading(self, count: int) -> Tensor:
+        """The first columns, one product each."""
+        eye = torch.eye(self.shape[1], count, dtype=self.dtype, device=self.device)
+        return torch.cat([self @ columns for columns in eye.split(_DENSE_COLUMNS, 1)], 1)
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """As a SciPy ``LinearOperator`` on NumPy arrays, for SciPy's solvers."""
@@ -289,8 +292,22 @@ class Hessian(_SecondDerivative):
     ) -> None:
         _check_block(block)
         super().__init__(stage, block, block, memory_budget)
-        self._block = block
+        self._block, self._memory_budget = block, memory_budget
         self._preconditioners: dict[float, Preconditioner | None] = {}
+
+    def dense(self) -> Tensor:
+        """The matrix itself, kept, so that a second call is free.
+
+        As it is symmetric, the joint one takes products through the embedding for the columns of
+        W alone; the block of the head is had with the embedding's outputs as constants.
+        """
+        size = self._w.numel()
+        if self._matrix is None and self._block == "joint" and 0 < size < self.shape[1]:
+            at = self._w, self._h
+            left = self._leading(size)
+            head = _SecondDerivative(self.stage, "head", "head", self._memory_budget, at).dense()
+            self._matrix = torch.cat([left, torch.cat([left[size:].T, head])], 1)
+        return super().dense()
 
     def preconditioner(self, damping: float = 0.0) -> Preconditioner | None:
         """P near H + `damping` I, from the leading rows of the Gauss-Newton matrix, and kept.

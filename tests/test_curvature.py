@@ -143,6 +143,7 @@ def test_a_hessian_stays_where_it_was_taken(mlp):
     second.load_vector(second.vector() + 1)
     for operator, v, product in zip(operators, x, before):
         assert torch.allclose(operator @ v, product)
+        assert torch.allclose(operator.dense() @ v, product)
     assert torch.allclose(operators[2].T @ y, transposed)
 
 
