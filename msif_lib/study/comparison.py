@@ -97,6 +97,8 @@ CLAIMS = (
           "r = 0.46", paper_interval=(0.29, 0.60), why=_OPTIMUM),
     Claim("r_updated_plain", "4.1, Fig. 2b", "case 2, finetuned without the pull", "cifar10", 0.46,
           "r = 0.46", why=_PLAIN),
+    Claim("r_updated_plain_through_steps", "4.1, Fig. 2b", "the same, scores through its steps",
+          "cifar10", 0.46, "r = 0.46", why=_PLAIN),
     Claim("r_identity_top", "4.1, Fig. 2c", "identity for the inverse Hessians", "mnist", 0.17,
           "r = 0.17", none=None, paper_interval=(-0.03, 0.35)),
     Claim("harmful_loss_quantile", "4.1, Fig. 3", "rank by own loss, most harmful",
@@ -116,9 +118,11 @@ CLAIMS = (
           "cifar10", None, "smaller (0.15)", none=1.0, direction=-1, why=_SIZE),
     Claim("nlp_lds_influence", "4.5, Table 1", "linear datamodeling score", "gop",
           None, "a table", why=_TABLE),
-    Claim("nlp_lds_influence", "4.5, Table 1", "the same, news alone", "news",
+    Claim("nlp_lds_influence_part", "4.5, Table 1", "the same, a part of the weight", "gop",
           None, "a table", why=_TABLE),
-    Claim("nlp_lds_influence_part", "4.5, Table 1", "the same, a part of the weight", "news",
+    Claim("nlp_lds_influence", "4.5, Table 1", "news alone, all of the weight", "news",
+          None, "a table", why=_TABLE),
+    Claim("nlp_lds_influence_part", "4.5, Table 1", "news alone, a part of the weight", "news",
           None, "a table", why=_TABLE),
 )  # fmt: skip
 
