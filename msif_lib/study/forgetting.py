@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msif_lib.curvature import CrossHessian, Hessian
+from msif_lib.curvature import Hessian
 from msif_lib.minimise import Descent
 from msif_lib.solvers import Dense, MinRes, Solver
 from msif_lib.stage import Stage
@@ -177,13 +177,15 @@ def curvature(stage: Stage, test: tuple[Tensor, Tensor], solver: Solver = Dense(
     -------
     Curvature
         Of the objective F, without any pull. What it takes grows with the embedding's size:
-        2 p_W Hessian-vector products.
+        p_W Hessian-vector products.
     """
     head = Hessian(stage, block="head")
-    cross = CrossHessian(stage).T.dense()
+    theta = stage.vector()
+    first = torch.eye(len(theta), stage.embedding_size).to(theta)
+    f_ww, cross = (Hessian(stage) @ first).split([stage.embedding_size, stage.head_size])
     f_w, f_theta = stage.split(_test(stage, stage.vector(), test)[2])
     followed = solver.solve(head, torch.cat([cross, f_theta[:, None]], 1)).x
-    schur = Hessian(stage, block="embedding").dense() - cross.T @ followed[:, :-1]
+    schur = f_ww - cross.T @ followed[:, :-1]
     values, vectors = torch.linalg.eigh((schur + schur.T) / 2)
     return Curvature(values, vectors, f_w - cross.T @ followed[:, -1])
 
