@@ -19,6 +19,9 @@ RowPreconditioner = Callable[[Tensor], Tensor]
 # Hessian at the start is of use.
 _PRECONDITIONED = 50
 
+# Pairs of L-BFGS: the fewest, the most, and the bytes that they may take in between.
+_FEWEST, _MOST, _MEMORY_BYTES = 20, 200, 256 * 2**20
+
 
 @dataclass(frozen=True)
 class Minimum:
@@ -113,7 +116,7 @@ def minimise(
     tol: float,
     preconditioner: RowPreconditioner | None = None,
     max_evaluations: int = 500,
-    memory: int = 20,
+    memory: int | None = None,
 ) -> Minimum:
     """Minimise R smooth functions at once by preconditioned L-BFGS.
 
@@ -135,7 +138,9 @@ def minimise(
     max_evaluations
         Evaluations allowed for each objective.
     memory
-        Pairs of steps and gradient differences kept.
+        Pairs of steps and gradient differences kept. None: 200, or as many as fit into 256 MiB,
+        but at least 20. Where an evaluation passes over a data set, pairs are cheap beside it,
+        and many of them take several times fewer evaluations than 20.
 
     Returns
     -------
@@ -147,6 +152,9 @@ def minimise(
     FloatingPointError
         A value or gradient at `start` is not finite.
     """
+    if memory is None:
+        pair = max(1, 2 * start.numel() * start.element_size())
+        memory = min(max(_MEMORY_BYTES // pair, _FEWEST), _MOST)
     count = len(start)
     x = start.clone()
     which = torch.arange(count, device=x.device)

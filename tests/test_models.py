@@ -15,13 +15,24 @@ from msif_lib.study.models import (
 )
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 6), (4, 4), (14, 12)])  # the last takes convolution
+@pytest.mark.parametrize(
+    "size, first",
+    [
+        ((8, 8), False),  # a matrix for all pixels
+        ((7, 6), False),
+        ((4, 4), True),
+        ((14, 12), False),  # a convolution of stride two
+        ((14, 12), True),  # a product over patches
+        ((13, 12), True),
+        ((12, 17), True),
+    ],
+)
 @pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_pooled_convolution_equals_convolution_then_pooling(size, kernel):
+def test_pooled_convolution_equals_convolution_then_pooling(size, first, kernel):
     torch.manual_seed(0)
     reference = nn.Conv2d(2, 3, kernel, padding=kernel // 2)
     torch.manual_seed(0)
-    layer = PooledConv2d(2, 3, kernel, size)
+    layer = PooledConv2d(2, 3, kernel, size, first)
     assert layer.state_dict().keys() == reference.state_dict().keys()
     assert torch.equal(layer.weight, reference.weight)
     assert torch.equal(layer.bias, reference.bias)
@@ -30,9 +41,9 @@ def test_pooled_convolution_equals_convolution_then_pooling(size, kernel):
     torch.testing.assert_close(layer.double()(inputs), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("side", [8, 13])  # a product of matrices, a convolution
-def test_gradient_equals_that_of_convolution(side):
-    layer = PooledConv2d(1, 4, 3, (side, side)).double()
+@pytest.mark.parametrize("side, first", [(8, False), (13, False), (13, True)])
+def test_gradient_equals_that_of_convolution(side, first):
+    layer = PooledConv2d(1, 4, 3, (side, side), first).double()
     reference = nn.Conv2d(1, 4, 3, padding=1).double()
     reference.load_state_dict(layer.state_dict())
     inputs = torch.randn(6, 1, side, side, dtype=torch.float64)

@@ -43,6 +43,21 @@ def logistic(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), torch.autograd.grad(value.sum(), x)[0]
 
 
+def test_many_pairs_take_fewer_evaluations_where_they_fit(monkeypatch):
+    curvature = torch.logspace(0, 4, 120, dtype=F64)
+
+    def quadratic(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        return (curvature * x * x).sum(1) / 2, curvature * x
+
+    start = torch.ones(2, 120, dtype=F64)
+    many, few = (minimise(quadratic, start, 1e-8, None, 2000, memory) for memory in (None, 20))
+    assert many.converged.all() and few.converged.all()
+    assert many.evaluations.max() < 0.7 * few.evaluations.min()
+    monkeypatch.setattr("msif_lib.minimise._MEMORY_BYTES", 1)
+    again = minimise(quadratic, start, 1e-8, None, 2000)
+    assert torch.equal(again.evaluations, few.evaluations)
+
+
 @pytest.mark.parametrize(("objective", "p"), [(rosenbrock, 4), (rosenbrock, 2), (logistic, 6)])
 def test_minimise_against_scipy(objective, p):
     start = torch.linspace(-1.2, 0.8, 5 * p, dtype=F64).view(5, p)

@@ -7,6 +7,7 @@ retrained to an optimum hundreds of times.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,7 +40,10 @@ class PooledConv2d(nn.Conv2d):
     models then sees products of matrices only; for 8 x 8 images this is about four times as fast
     as a grouped convolution followed by pooling. On a larger image the pair is one convolution of
     stride two, whose kernel is a side longer: the mean of the four shifts of the original. With
-    16 models of 28 x 28 or 32 x 32 images it is about three times as fast as the two steps.
+    16 models of 28 x 28 or 32 x 32 images it is about three times as fast as the two steps. Where
+    it looks at the images themselves, its patches are cut out once for all models and meet the
+    kernels in one product of matrices: as fast for many models, for a single one two to three
+    times as fast in products with the Hessian.
 
     Parameters
     ----------
@@ -50,6 +54,8 @@ class PooledConv2d(nn.Conv2d):
     image_size : tuple of int
         Height and width of the inputs, each at least 2. As in ``nn.AvgPool2d``, an odd last row
         or column is left out of the pooling.
+    first : bool
+        Whether the inputs are the images, the same for all models.
 
     Raises
     ------
@@ -60,7 +66,12 @@ class PooledConv2d(nn.Conv2d):
     basis: Tensor | None
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, image_size: tuple[int, int]
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        image_size: tuple[int, int],
+        first: bool = False,
     ) -> None:
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
@@ -68,7 +79,7 @@ class PooledConv2d(nn.Conv2d):
             raise ValueError(f"image_size must be at least (2, 2) to be pooled, got {image_size}")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         height, width = image_size
-        self.image_size = (height, width)
+        self.image_size, self.first = (height, width), first
         self.pooled_size = (height // 2, width // 2)
         basis = None
         if height * width <= _MATRIX_PIXELS:
@@ -106,6 +117,8 @@ class PooledConv2d(nn.Conv2d):
             )
         if self.basis is None:
             kernel = F.avg_pool2d(F.pad(self.weight, (1, 1, 1, 1)), 2, 1)
+            if self.first:
+                return self._on_patches(input, kernel)
             return F.conv2d(input, kernel, self.bias, stride=2, padding=self.padding)
         channels_out, channels_in = self.weight.shape[:2]
         pixels = input.shape[-2] * input.shape[-1]
@@ -117,6 +130,28 @@ class PooledConv2d(nn.Conv2d):
         return F.linear(input.flatten(1), matrix, bias).unflatten(
             -1, (channels_out, *self.pooled_size)
         )
+
+    def _on_patches(self, input: Tensor, kernel: Tensor) -> Tensor:
+        """The convolution of stride two as one matrix product over the patches of all images."""
+        (height, width), (rows, columns) = self.image_size, self.pooled_size
+        before, taps = self.kernel_size[0] // 2, kernel.shape[-1] // 2
+        # What lies beyond an odd last row or column is cut off: a padding below zero.
+        right, below = (
+            2 * (pooled - 1 + taps) - before - size
+            for pooled, size in ((columns, width), (rows, height))
+        )
+        # Four pixels become four channels, and the stride one.
+        fine = F.pixel_unshuffle(F.pad(input, (before, right, before, below)), 2).transpose(0, 1)
+        patches = torch.cat(
+            [
+                fine[:, :, i : i + rows, j : j + columns]
+                for i, j in itertools.product(range(taps), repeat=2)
+            ]
+        )
+        matrix = F.pixel_unshuffle(kernel, 2).permute(0, 2, 3, 1).flatten(1)
+        assert self.bias is not None
+        flat = matrix @ patches.flatten(1) + self.bias[:, None]
+        return flat.unflatten(-1, (len(input), rows, columns)).transpose(0, 1)
 
 
 def _pixels(image_shape: Sequence[int]) -> tuple[int, int, int]:
@@ -173,7 +208,8 @@ def tanh_cnn(
     with seeded(seed):
         layers: list[nn.Module] = []
         for out_channels in channels:
-            layers.append(PooledConv2d(in_channels, out_channels, kernel_size, (height, width)))
+            size, first = (height, width), not layers
+            layers.append(PooledConv2d(in_channels, out_channels, kernel_size, size, first))
             layers.append(nn.Tanh())
             in_channels, height, width = out_channels, height // 2, width // 2
         layers.append(nn.Flatten())

@@ -316,7 +316,7 @@ def _lbfgs(
         jac=True,
         method="L-BFGS-B",
         options={
-            "maxcor": 50,
+            "maxcor": 100,
             "maxfun": evaluations,
             "maxiter": evaluations,
             "ftol": 0.0,
