@@ -16,8 +16,8 @@ BatchedObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 RowPreconditioner = Callable[[Tensor], Tensor]
 
 # A warm start that has not converged after this many evaluations has left the region where the
-# Hessian at the start is of use.
-_PRECONDITIONED = 50
+# Hessian at the start is of use, even with the pairs that correct it.
+_PRECONDITIONED = 200
 
 # Pairs of L-BFGS: the fewest, the most, and the bytes that they may take in between.
 _FEWEST, _MOST, _MEMORY_BYTES = 20, 200, 256 * 2**20

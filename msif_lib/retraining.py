@@ -151,7 +151,7 @@ def retrain_without(
         steps.
     damping
         λ ≥ 0, added to the absolute eigenvalues of the Hessians at the trained parameters, whose
-        inverse preconditions a warm start for half of its evaluations instead of the first 50.
+        inverse preconditions a warm start for half of its evaluations instead of the first 200.
         Give some where a symmetry of the model makes a Hessian singular, as in language models:
         as the parameters move, the flat directions turn, and an undamped inverse multiplies
         whatever the gradient then has along the old ones. It should lie far below the large
