@@ -239,6 +239,25 @@ def forest(
     _name_rows(ax, labels, xlabel)
 
 
+def ratio_axis(ax: Axes) -> None:
+    """Make the horizontal axis one of ratios: logarithmic, with few marks.
+
+    Parameters
+    ----------
+    ax : Axes
+        Already drawn on. What lies beyond 0.02 to 50 leaves it.
+    """
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    low, high = max(low, 0.02), min(high, 50)
+    ax.set_xlim(low, high)
+    coarse, fine = (0.03, 0.1, 0.3, 1, 3, 10, 30), (0.5, 0.7, 1, 1.4, 2)
+    several = sum(low <= mark <= high for mark in coarse) > 2
+    marks = [mark for mark in (coarse if several else fine) if low <= mark <= high]
+    ax.set_xticks(marks, [f"{mark:g}" for mark in marks])
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def _name_rows(ax: Axes, labels: Sequence[str], xlabel: str) -> None:
     """Labels at the left, one a row, the first on top."""
     ax.set_yticks(range(len(labels)), labels)
