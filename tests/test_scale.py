@@ -16,6 +16,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -138,6 +139,13 @@ def test_no_more_examples_are_read_at_once_than_the_budget_allows(
         whole = Stage(*modules, cross_entropy, (inputs, targets), l2=0.5)
         wanted = SingleStageInfluence(whole, solver, progress=False).scores(test, per_test=True)
     assert torch.allclose(scores.values, wanted.values, rtol=1e-6, atol=1e-8)
+
+
+def test_a_correlation_of_ranks_with_constant_scores_is_zero() -> None:
+    wanted = torch.tensor([0.3, -1.0, 2.0, 2.0])
+    assert precision.spearman(torch.zeros(4), wanted) == 0
+    values = torch.tensor([1.0, 0.5, -2.0, 7.0])
+    assert precision.spearman(values, wanted) == pytest.approx(spearmanr(values, wanted).statistic)
 
 
 def test_the_record_of_precision_holds_every_setting(folder: Path) -> None:
