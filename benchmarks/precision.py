@@ -35,7 +35,7 @@ from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.solvers import Dense, MinRes, Solution
 from msif_lib.study.datasets import two_stages
 from msif_lib.study.models import build_model
-from msif_lib.study.training import train
+from msif_lib.training import train
 
 ALPHA = 0.01
 # Weight decay of both stages.

@@ -47,10 +47,10 @@ from benchmarks.problems import train as train_model
 from benchmarks.reference import Product
 from benchmarks.sentences import seconds
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
-from msif_lib.minimise import minimise
 from msif_lib.solvers import ConjugateGradient, MinRes, Solution, SolveReport, SolverWarning
 from msif_lib.study.datasets import two_stages
 from msif_lib.study.models import build_model
+from msif_lib.support.minimise import minimise
 
 PAPER_SECONDS = 230
 ALPHA = 0.01

@@ -28,7 +28,7 @@ from benchmarks.command import RESULTS, ROOT
 from benchmarks.problems import SPECS, digits, network
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.distributed import initialise, shard
+from msif_lib.scale.sharding import initialise, shard
 from msif_lib.study.records import write_record
 
 COLUMNS = 16

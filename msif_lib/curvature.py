@@ -21,13 +21,6 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from msif_lib.data import Batch
-from msif_lib.functional import (
-    GraphNotCountable,
-    explain_missing_derivatives,
-    require_second_derivatives,
-    saved_bytes,
-)
 from msif_lib.preconditioner import (
     FEWEST_ROWS,
     MOST_ROWS,
@@ -36,6 +29,13 @@ from msif_lib.preconditioner import (
     gauss_newton_rows,
 )
 from msif_lib.stage import Stage
+from msif_lib.support.data import Batch
+from msif_lib.support.functional import (
+    GraphNotCountable,
+    explain_missing_derivatives,
+    require_second_derivatives,
+    saved_bytes,
+)
 
 # Columns of the identity multiplied at once by dense().
 _DENSE_COLUMNS = 64

@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian, LinearOperator, proximal_hessian
-from msif_lib.data import Batch
-from msif_lib.fingerprint import fingerprint
-from msif_lib.notices import warn_caller
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage, check_pair
-from msif_lib.storage import check_path, solved, stage_parts, sweep
+from msif_lib.support.data import Batch
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.notices import warn_caller
+from msif_lib.support.storage import check_path, solved, stage_parts, sweep
 
 
 class StationarityWarning(UserWarning):

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.func import hessian, vjp, vmap
 
-from msif_lib.data import Batch, Nested, leaves, map_leaves
 from msif_lib.stage import Stage
+from msif_lib.support.data import Batch, Nested, leaves, map_leaves
 
 Block = Literal["joint", "embedding", "head"]
 

@@ -11,7 +11,7 @@ same training without any removal, so that what is left of the optimisation erro
 
 Many removals are trained together: `torch.func.vmap` over models, on shared data. At a warm
 start the Hessian at the trained parameters, factorised once, preconditions a quasi-Newton
-method for all of them (:mod:`msif_lib.minimise`), which then needs a handful of gradient
+method for all of them (:mod:`msif_lib.support.minimise`), which then needs a handful of gradient
 evaluations. Models that are trained together are one job; jobs may run in several processes or
 on a cluster, and be kept in a folder as they finish.
 """
@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.func import vmap
 from tqdm import tqdm
 
-from msif_lib.checkpoint import Checkpoint, software, stage_fingerprint
 from msif_lib.curvature import AddDiagonal, Hessian, proximal_hessian
-from msif_lib.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
-from msif_lib.fingerprint import fingerprint
-from msif_lib.jobs import as_finished
-from msif_lib.minimise import (
+from msif_lib.preconditioner import Preconditioner as Sketch
+from msif_lib.stage import Stage, check_pair
+from msif_lib.support.checkpoint import Checkpoint, software, stage_fingerprint
+from msif_lib.support.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.jobs import as_finished
+from msif_lib.support.minimise import (
     BatchedObjective,
     Descent,
     Minimum,
@@ -45,8 +47,6 @@ from msif_lib.minimise import (
     minimise,
     minimise_near,
 )
-from msif_lib.preconditioner import Preconditioner as Sketch
-from msif_lib.stage import Stage, check_pair
 
 __all__ = ["Descent", "Minimum", "Preconditioner", "Retraining", "minimise", "retrain_without"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.notices import warn_caller
+from msif_lib.support.notices import warn_caller
 
 
 class Operator(Protocol):

@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader, Dataset
 
-from msif_lib.data import Batch, Examples, Nested, leaves, map_leaves
-from msif_lib.functional import (
+from msif_lib.support.data import Batch, Examples, Nested, leaves, map_leaves
+from msif_lib.support.functional import (
     GraphNotCountable,
     PureModule,
     differentiable_kernels,

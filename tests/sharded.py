@@ -22,11 +22,11 @@ from msif_lib import (
     SingleStageInfluence,
     Stage,
     UpdatedEmbeddingInfluence,
-    storage,
 )
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
-from msif_lib.distributed import initialise, shard
+from msif_lib.scale.sharding import initialise, shard
 from msif_lib.solvers import ConjugateGradient, MinRes
+from msif_lib.support import storage
 
 storage._BATCHES_A_STEP = 2
 BATCHES = (4, 5)

@@ -16,7 +16,7 @@ from sharded import half_a_sweep, results
 from torch import Tensor
 
 from msif_lib import FixedEmbeddingInfluence
-from msif_lib.distributed import initialise, shard
+from msif_lib.scale.sharding import initialise, shard
 from msif_lib.solvers import MinRes
 
 ROOT = Path(__file__).parents[1]

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
+from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence, training
 from msif_lib.retraining import retrain_without
 from msif_lib.solvers import Dense
-from msif_lib.study import training
 from msif_lib.study.datasets import TwoStageData, two_stages
 from msif_lib.study.experiment import Setting, Trained, train_two_stages
 

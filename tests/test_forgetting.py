@@ -17,7 +17,7 @@ from msif_lib.study.forgetting import (
     proximal_gain,
     scores_along,
 )
-from msif_lib.study.training import train
+from msif_lib.training import train
 
 F64 = torch.float64
 ALPHA = 0.07  # not 0.5, where a missing 2 alpha would not show

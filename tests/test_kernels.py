@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import GaussNewton, Hessian
-from msif_lib.functional import (
+from msif_lib.support.functional import (
     DerivativeError,
     explain_missing_derivatives,
     require_second_derivatives,

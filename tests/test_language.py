@@ -8,7 +8,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.functional import DerivativeError
 from msif_lib.study.language import (
     PADDING,
     SIZES,
@@ -23,6 +22,7 @@ from msif_lib.study.language import (
     language_loss,
 )
 from msif_lib.study.recurrence import chains, chains_plainly
+from msif_lib.support.functional import DerivativeError
 
 F64 = torch.float64
 SENTENCES = [["a", "bc", "d"], ["bc"], ["a", "d", "d", "é", "bc"], ["d", "a"]]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.minimise import descend
 from msif_lib.retraining import Descent, Preconditioner, minimise, retrain_without
 from msif_lib.solvers import Dense
-from msif_lib.study.training import train
+from msif_lib.support.minimise import descend
+from msif_lib.training import train
 
 QUIET = {"progress": False}
 
@@ -53,7 +53,7 @@ def test_many_pairs_take_fewer_evaluations_where_they_fit(monkeypatch):
     many, few = (minimise(quadratic, start, 1e-8, None, 2000, memory) for memory in (None, 20))
     assert many.converged.all() and few.converged.all()
     assert many.evaluations.max() < 0.7 * few.evaluations.min()
-    monkeypatch.setattr("msif_lib.minimise._MEMORY_BYTES", 1)
+    monkeypatch.setattr("msif_lib.support.minimise._MEMORY_BYTES", 1)
     again = minimise(quadratic, start, 1e-8, None, 2000)
     assert torch.equal(again.evaluations, few.evaluations)
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from msif_lib import Stage, cross_entropy
 from msif_lib import retraining as module
-from msif_lib.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.curvature import Hessian
-from msif_lib.fingerprint import fingerprint, rounded
-from msif_lib.jobs import _Shared, as_finished
 from msif_lib.retraining import Retraining, retrain_without
+from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.support.fingerprint import fingerprint, rounded
+from msif_lib.support.jobs import _Shared, as_finished
 
 REMOVALS = [[0], [4], [30], [3, 9, 11], list(range(5, 13)), [7], [8]]
 TENSORS = ("losses", "losses_before", "converged", "gradient_norms", "evaluations")
@@ -285,7 +285,7 @@ def test_what_is_changed_is_trained_anew(convex, tmp_path, trained, what):
 
 def test_another_version_of_the_code_trains_anew(convex, tmp_path, trained, monkeypatch):
     retrain(convex, removals=[[0]], checkpoint=tmp_path)
-    monkeypatch.setattr("msif_lib.checkpoint.software", lambda: "another")
+    monkeypatch.setattr("msif_lib.support.checkpoint.software", lambda: "another")
     retrain(convex, removals=[[0]], checkpoint=tmp_path)
     assert trained.calls == 4
 

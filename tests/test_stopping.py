@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from msif_lib import Stage, cross_entropy
-from msif_lib.minimise import Descent, descend
 from msif_lib.study.stopping import finetune_plainly, stop_early, through_steps
-from msif_lib.study.training import _adam, train
+from msif_lib.support.minimise import Descent, descend
+from msif_lib.training import _adam, train
 
 F64 = torch.float64
 

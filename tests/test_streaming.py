@@ -21,11 +21,11 @@ from msif_lib import (
     Stage,
     UpdatedEmbeddingInfluence,
     cross_entropy,
-    storage,
 )
-from msif_lib.data import Examples
 from msif_lib.influence import _Influence
 from msif_lib.solvers import Dense, Identity, MinRes, Solver, SolverWarning
+from msif_lib.support import storage
+from msif_lib.support.data import Examples
 
 
 @pytest.fixture(autouse=True)

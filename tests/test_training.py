@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msif_lib import Stage, cross_entropy
-from msif_lib.study import training
-from msif_lib.study.training import TrainingWarning, train, train_kept
+from msif_lib import Stage, cross_entropy, training
+from msif_lib.training import TrainingWarning, train, train_kept
 
 F64 = torch.float64
 

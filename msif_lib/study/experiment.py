@@ -16,7 +16,7 @@ from msif_lib.solvers import MinRes, Solver
 from msif_lib.stage import Stage, cross_entropy
 from msif_lib.study.datasets import TwoStageData
 from msif_lib.study.models import build_model
-from msif_lib.study.training import TrainingReport, train_kept
+from msif_lib.training import TrainingReport, train_kept
 
 Case = Literal["fixed", "updated"]
 

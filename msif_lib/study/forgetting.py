@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from msif_lib.curvature import Hessian
-from msif_lib.minimise import Descent
 from msif_lib.solvers import Dense, MinRes, Solver
 from msif_lib.stage import Stage
-from msif_lib.storage import sweep
 from msif_lib.study.stopping import finetune_plainly, through_steps
+from msif_lib.support.minimise import Descent
+from msif_lib.support.storage import sweep
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import Function
 
-from msif_lib.functional import DerivativeError
+from msif_lib.support.functional import DerivativeError
 
 
 def chains_plainly(

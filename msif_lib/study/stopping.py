@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from msif_lib.curvature import Hessian
-from msif_lib.minimise import Descent, minimise
 from msif_lib.stage import Stage
+from msif_lib.support.minimise import Descent, minimise
 
 # Gradient evaluations of one training, at most.
 _EVALUATIONS = 5000
@@ -52,7 +52,7 @@ def stop_early(
 ) -> list[Stopped]:
     """Pretrain with all examples and without each set of them, and look where it could stop.
 
-    As :func:`msif_lib.study.training.train` does, pretraining begins with epochs of Adam and goes
+    As :func:`msif_lib.training.train` does, pretraining begins with epochs of Adam and goes
     on with L-BFGS. Every training sees the same mini-batches from the same initial weights; an
     example left out has weight zero. The head of case 1 is trained on each embedding to its
     optimum.

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.data import map_leaves
-from msif_lib.fingerprint import fingerprint, rounded
-from msif_lib.notices import warn_caller
 from msif_lib.solvers import SolveReport, SolverWarning
 from msif_lib.stage import Stage
+from msif_lib.support.data import map_leaves
+from msif_lib.support.fingerprint import fingerprint, rounded
+from msif_lib.support.notices import warn_caller
 
 #: Batches scored between two writings to disk.
 _BATCHES_A_STEP = 32

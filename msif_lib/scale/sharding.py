@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from msif_lib.data import Batch
-from msif_lib.fingerprint import fingerprint
 from msif_lib.stage import Stage
-from msif_lib.storage import stage_parts
+from msif_lib.support.data import Batch
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.storage import stage_parts
 
 
 def initialise() -> torch.device:
@@ -96,7 +96,7 @@ class _ShardedStage(Stage):
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "there is no process group to share the examples among; call "
-                "msif_lib.distributed.initialise() first, in a script started by torchrun"
+                "msif_lib.scale.sharding.initialise() first, in a script started by torchrun"
             )
         self.__dict__.update(stage.__dict__)
         self.group = group

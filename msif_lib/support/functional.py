@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from msif_lib.data import Nested
+from msif_lib.support.data import Nested
 
 # The code of every backward that is marked once_differentiable.
 _ONCE = once_differentiable(abs).__code__

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msif_lib.fingerprint import fingerprint, rounded
 from msif_lib.stage import Stage
+from msif_lib.support.fingerprint import fingerprint, rounded
 
 
 class Checkpoint:

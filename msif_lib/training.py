@@ -23,12 +23,12 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from msif_lib.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
-from msif_lib.data import map_leaves
-from msif_lib.fingerprint import fingerprint
 from msif_lib.solvers import ConjugateGradient, SolverWarning
 from msif_lib.stage import Stage
+from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.support.data import map_leaves
+from msif_lib.support.fingerprint import fingerprint
 
 _ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 

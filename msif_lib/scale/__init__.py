@@ -1,0 +1,1 @@
+"""Above the method: more than one process or machine."""

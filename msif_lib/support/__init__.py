@@ -1,0 +1,1 @@
+"""Below the method: reading data, calling modules as functions, checks, results on disk."""
