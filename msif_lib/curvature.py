@@ -25,7 +25,7 @@ from msif_lib.preconditioner import (
     FEWEST_ROWS,
     MOST_ROWS,
     Block,
-    Preconditioner,
+    GaussNewtonPreconditioner,
     gauss_newton_rows,
 )
 from msif_lib.stage import Stage
@@ -293,7 +293,7 @@ class Hessian(_SecondDerivative):
         _check_block(block)
         super().__init__(stage, block, block, memory_budget)
         self._block, self._memory_budget = block, memory_budget
-        self._preconditioners: dict[float, Preconditioner | None] = {}
+        self._preconditioners: dict[float, GaussNewtonPreconditioner | None] = {}
 
     def dense(self) -> Tensor:
         """The matrix itself, kept, so that a second call is free.
@@ -309,7 +309,7 @@ class Hessian(_SecondDerivative):
             self._matrix = torch.cat([left, torch.cat([left[size:].T, head])], 1)
         return super().dense()
 
-    def preconditioner(self, damping: float = 0.0) -> Preconditioner | None:
+    def preconditioner(self, damping: float = 0.0) -> GaussNewtonPreconditioner | None:
         """P near H + `damping` I, from the leading rows of the Gauss-Newton matrix, and kept.
 
         None where there is none that would pay: too few rows fit the memory, the loss has no
@@ -320,7 +320,7 @@ class Hessian(_SecondDerivative):
             self._preconditioners[damping] = self.preconditioner_with(diagonal)
         return self._preconditioners[damping]
 
-    def preconditioner_with(self, diagonal: Tensor) -> Preconditioner | None:
+    def preconditioner_with(self, diagonal: Tensor) -> GaussNewtonPreconditioner | None:
         """P = diag(`diagonal`) + RᵀR, the diagonal with its share of weight decay."""
         room = _PRECONDITIONER_MEMORY // diagonal.nbytes
         if room < FEWEST_ROWS or self.dtype.itemsize < 4:
@@ -328,7 +328,7 @@ class Hessian(_SecondDerivative):
         at = self._w.detach(), self._h.detach()
         with _differentiating():
             rows = gauss_newton_rows(self.stage, at, min(MOST_ROWS, room), self._block)
-        return None if rows is None else Preconditioner.from_rows(rows, diagonal)
+        return None if rows is None else GaussNewtonPreconditioner.from_rows(rows, diagonal)
 
 
 class CrossHessian(_SecondDerivative):
@@ -432,12 +432,12 @@ class AddDiagonal(LinearOperator):
             )
         self.operator, self.diagonal = operator, diagonal
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        self._preconditioners: dict[float, Preconditioner | None] = {}
+        self._preconditioners: dict[float, GaussNewtonPreconditioner | None] = {}
 
     def _product(self, columns: Tensor) -> Tensor:
         return self.operator @ columns + self.diagonal[:, None] * columns
 
-    def preconditioner(self, damping: float = 0.0) -> Preconditioner | None:
+    def preconditioner(self, damping: float = 0.0) -> GaussNewtonPreconditioner | None:
         """As the operator's own, with d added to its diagonal; None where that has none."""
         if not isinstance(self.operator, Hessian):
             return None

@@ -46,7 +46,7 @@ _NEGLIGIBLE = 1e-2
 
 
 @dataclass(frozen=True)
-class Preconditioner:
+class GaussNewtonPreconditioner:
     """P⁻¹ = S Sᵀ with P = D + RᵀR, for D diagonal and positive.
 
     Attributes
@@ -64,7 +64,7 @@ class Preconditioner:
     shrink: Tensor
 
     @staticmethod
-    def from_rows(rows: Tensor, diagonal: Tensor) -> Preconditioner:
+    def from_rows(rows: Tensor, diagonal: Tensor) -> GaussNewtonPreconditioner:
         """Factorise P = diag(`diagonal`) + RᵀR for the rows R ``(r, p)``, which are overwritten."""
         largest = float(rows.pow(2).sum(1).max())
         diagonal = diagonal.clamp_min(max(_FLOOR * largest, torch.finfo(rows.dtype).tiny))
@@ -79,7 +79,7 @@ class Preconditioner:
             vectors = scaled.T @ (vectors / values.sqrt()).to(rows.dtype)
         vectors = vectors.to(rows.dtype)
         shrink = ((1 + values).rsqrt() - 1).to(rows.dtype)
-        return Preconditioner(diagonal.rsqrt(), vectors, shrink)
+        return GaussNewtonPreconditioner(diagonal.rsqrt(), vectors, shrink)
 
     @property
     def rank(self) -> int:

@@ -31,24 +31,24 @@ from torch.func import vmap
 from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, Hessian, proximal_hessian
-from msif_lib.preconditioner import Preconditioner as Sketch
+from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage, check_pair
 from msif_lib.support.checkpoint import Checkpoint, software, stage_fingerprint
 from msif_lib.support.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.jobs import as_finished
 from msif_lib.support.minimise import (
+    AbsoluteInverse,
     BatchedObjective,
     Descent,
     Minimum,
-    Preconditioner,
     RowPreconditioner,
     descend,
     minimise,
     minimise_near,
 )
 
-__all__ = ["Descent", "Minimum", "Preconditioner", "Retraining", "minimise", "retrain_without"]
+__all__ = ["AbsoluteInverse", "Descent", "Minimum", "Retraining", "minimise", "retrain_without"]
 
 # Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
 _DENSE_PARAMETERS = 4000
@@ -494,10 +494,10 @@ def _preconditioner(
         name = f"preconditioner-{fingerprint(software(), *parts)}"
         factors = kept.get(name)
         if factors is None:
-            made = Preconditioner(hessian().dense() if matrix is None else matrix)
+            made = AbsoluteInverse(hessian().dense() if matrix is None else matrix)
             factors = {"values": made.values, "vectors": made.vectors}
             kept.put(name, factors)
-        return Preconditioner.from_eigenpairs(factors["values"] + damping, factors["vectors"])
+        return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
     name = f"preconditioner-{fingerprint(software(), *parts, damping)}"
     factors = kept.get(name)
     if factors is None:
@@ -506,13 +506,13 @@ def _preconditioner(
             return None
         factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
         kept.put(name, factors)
-    return _Sketched(Sketch(**factors))
+    return _Sketched(GaussNewtonPreconditioner(**factors))
 
 
 class _Sketched:
     """The sketch's P⁻¹ = S Sᵀ on rows."""
 
-    def __init__(self, sketch: Sketch) -> None:
+    def __init__(self, sketch: GaussNewtonPreconditioner) -> None:
         self._sketch = sketch
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from msif_lib import Stage, cross_entropy
 from msif_lib import preconditioner as module
 from msif_lib.curvature import AddDiagonal, GaussNewton, Hessian, proximal_hessian
-from msif_lib.preconditioner import Preconditioner, gauss_newton_rows
+from msif_lib.preconditioner import GaussNewtonPreconditioner, gauss_newton_rows
 from msif_lib.solvers import ConjugateGradient, Dense, MinRes
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
@@ -83,7 +83,7 @@ def test_the_root_is_a_root_of_the_inverse(rows):
     r = torch.randn(rows, 30, dtype=F64, generator=g)
     d = torch.rand(30, dtype=F64, generator=g) + 0.5
     p = torch.diag(d) + r.T @ r
-    preconditioner = Preconditioner.from_rows(r.clone(), d)
+    preconditioner = GaussNewtonPreconditioner.from_rows(r.clone(), d)
     eye = torch.eye(30, dtype=F64)
     root = preconditioner.root(eye)
     assert torch.allclose(preconditioner.root_transposed(eye), root.T, **CLOSE)
@@ -92,7 +92,7 @@ def test_the_root_is_a_root_of_the_inverse(rows):
 
 def test_without_weight_decay_it_is_still_positive_definite():
     g = torch.Generator().manual_seed(0)
-    preconditioner = Preconditioner.from_rows(
+    preconditioner = GaussNewtonPreconditioner.from_rows(
         torch.randn(3, 20, dtype=F64, generator=g), torch.zeros(20, dtype=F64)
     )
     root = preconditioner.root(torch.eye(20, dtype=F64))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.retraining import Descent, Preconditioner, minimise, retrain_without
+from msif_lib.retraining import AbsoluteInverse, Descent, minimise, retrain_without
 from msif_lib.solvers import Dense
 from msif_lib.support.minimise import descend
 from msif_lib.training import train
@@ -103,7 +103,7 @@ def test_minimise_counts_every_evaluation_and_is_quick_with_the_hessian():
     single = torch.autograd.functional.hessian(
         lambda x: _value(x), minimise(logistic, start[:1], 1e-12).x[0]
     )
-    near = minimise(logistic, found.x + 1e-2, 1e-10, Preconditioner(single))
+    near = minimise(logistic, found.x + 1e-2, 1e-10, AbsoluteInverse(single))
     assert near.evaluations.max() < minimise(logistic, found.x + 1e-2, 1e-10).evaluations.max()
     assert near.converged.all()
 
@@ -149,7 +149,7 @@ def test_the_preconditioner_is_the_inverse_of_the_absolute_value():
     values = torch.tensor([3.0, -2.0, 0.5, 0.0], dtype=F64)
     rows = torch.randn(3, 4, dtype=F64, generator=g)
     inverse = (q / values.abs().clamp_min(3e-2)) @ q.T
-    assert torch.allclose(Preconditioner((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
+    assert torch.allclose(AbsoluteInverse((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
 
 
 def test_descent_takes_the_steps_of_torch_s_sgd():

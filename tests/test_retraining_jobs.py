@@ -69,8 +69,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @pytest.fixture
 def factorised(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts the Hessians that are factorised."""
-    counter = Counter(module.Preconditioner.__init__)
-    monkeypatch.setattr(module.Preconditioner, "__init__", lambda *args: counter(*args))
+    counter = Counter(module.AbsoluteInverse.__init__)
+    monkeypatch.setattr(module.AbsoluteInverse, "__init__", lambda *args: counter(*args))
     return counter
 
 

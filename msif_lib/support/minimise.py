@@ -78,8 +78,10 @@ class Descent:
             )
 
 
-class Preconditioner:
-    """The inverse of a dense symmetric H in absolute value: a Newton step, always descending.
+class AbsoluteInverse:
+    """|H|⁻¹ of a dense symmetric H: the saddle-free Newton step, always descending.
+
+    Its eigenvalues are taken in absolute value (Dauphin et al. 2014).
 
     Parameters
     ----------
@@ -99,7 +101,7 @@ class Preconditioner:
         self.values = values.abs().clamp_min(floor * float(values.abs().max()))
 
     @classmethod
-    def from_eigenpairs(cls, values: Tensor, vectors: Tensor) -> Preconditioner:
+    def from_eigenpairs(cls, values: Tensor, vectors: Tensor) -> AbsoluteInverse:
         """The same without a factorisation: `values` ``(p,)`` positive, `vectors` ``(p, p)``."""
         made = cls.__new__(cls)
         made.values, made.vectors = values, vectors
