@@ -33,7 +33,7 @@ from tqdm import tqdm
 from msif_lib.curvature import AddDiagonal, Hessian, proximal_hessian
 from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage, check_pair
-from msif_lib.support.checkpoint import Checkpoint, software, stage_fingerprint
+from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.support.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.jobs import as_finished
@@ -491,14 +491,14 @@ def _preconditioner(
     sketch of the Gauss-Newton matrix.
     """
     if matrix is not None or size <= _DENSE_PARAMETERS:
-        name = f"preconditioner-{fingerprint(software(), *parts)}"
+        name = f"preconditioner-{fingerprint(*parts)}"
         factors = kept.get(name)
         if factors is None:
             made = AbsoluteInverse(hessian().dense() if matrix is None else matrix)
             factors = {"values": made.values, "vectors": made.vectors}
             kept.put(name, factors)
         return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
-    name = f"preconditioner-{fingerprint(software(), *parts, damping)}"
+    name = f"preconditioner-{fingerprint(*parts, damping)}"
     factors = kept.get(name)
     if factors is None:
         sketch = hessian().preconditioner(damping)

@@ -283,11 +283,38 @@ def test_what_is_changed_is_trained_anew(convex, tmp_path, trained, what):
     assert trained.calls == 4
 
 
-def test_another_version_of_the_code_trains_anew(convex, tmp_path, trained, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("msif_lib.support.fingerprint.RESULTS_VERSION", 0), ("torch.__version__", "0.1")],
+)
+def test_another_version_of_the_results_or_of_torch_trains_anew(
+    convex, tmp_path, trained, monkeypatch, name, value
+):
     retrain(convex, removals=[[0]], checkpoint=tmp_path)
-    monkeypatch.setattr("msif_lib.support.checkpoint.software", lambda: "another")
+    assert trained.calls == 2
+    retrain(convex, removals=[[0]], checkpoint=tmp_path)
+    assert trained.calls == 2
+    monkeypatch.setattr(name, value)
     retrain(convex, removals=[[0]], checkpoint=tmp_path)
     assert trained.calls == 4
+
+
+def test_every_key_holds_the_versions(mlp, monkeypatch):
+    stage = mlp.stages()[0]
+
+    def keys() -> list[str]:
+        return [fingerprint(), fingerprint(torch.ones(2)), stage_fingerprint(stage)]
+
+    before = keys()
+    assert keys() == before
+    for name, value in (
+        ("msif_lib.support.fingerprint.RESULTS_VERSION", 0),
+        ("torch.__version__", "0.1"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(name, value)
+            assert not set(keys()) & set(before), name
+    assert keys() == before
 
 
 @pytest.mark.parametrize("damage", ["halved", "emptied", "one bit", "other bytes"])
