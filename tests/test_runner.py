@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from msif_lib.study import book, runner
+from msif_lib.study.imports import imported_names
 from msif_lib.study.runner import ProjectError
 
 PARAMETERS = """\
@@ -48,7 +49,9 @@ def write_profile(root: Path, text: str, name: str = "default") -> None:
 @pytest.fixture
 def project(tmp_path):
     """A project with one experiment, one chapter and a library of one line."""
-    write_notebook(tmp_path / "notebooks" / "experiment.ipynb", "print('removals:', removals)")
+    write_notebook(
+        tmp_path / "notebooks" / "experiment.ipynb", "import msif_lib; print('removals:', removals)"
+    )
     write_notebook(tmp_path / "book" / "chapters" / "chapter.ipynb", "print(alpha)")
     write_profile(tmp_path, "experiment:\n  removals: 5\n")
     (tmp_path / "msif_lib").mkdir()
@@ -163,6 +166,163 @@ def test_declared_input_files_and_versions_count(project, monkeypatch):
     assert after != before
     monkeypatch.setattr(runner, "installed_version", lambda package: "0")
     assert runner.cache_key(project, notebook, {}) != after
+
+
+# A chapter imports figures, figures imports style within a function, which is a package's module.
+TREE = {
+    "msif_lib/__init__.py": '"""The library."""\nfrom msif_lib.core import VALUE\n',
+    "msif_lib/core.py": "VALUE = 1\n",
+    "msif_lib/unused.py": "OTHER = 1\n",
+    "msif_lib/hinted.py": "class Hint: ...\n",
+    "msif_lib/study/__init__.py": "",
+    "msif_lib/study/figures.py": """\
+\"\"\"Figures.\"\"\"
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from msif_lib.hinted import Hint
+WIDTH = 3  # inches
+def draw():
+    \"\"\"Draw.\"\"\"
+    from msif_lib.study import style
+    return style.colour()
+""",
+    "msif_lib/study/figures.css": "a { color: red }",
+    "msif_lib/study/unused.css": "b { color: red }",
+    "msif_lib/study/style/__init__.py": "from .colours import colour\n",
+    "msif_lib/study/style/colours.py": "from ..names import NAME\ndef colour():\n    return NAME\n",
+    "msif_lib/study/names.py": "NAME = 'blue'\n",
+    "benchmarks/__init__.py": "",
+    "benchmarks/tables.py": "import benchmarks.units\n",
+    "benchmarks/units.py": "SECOND = 1\n",
+    "benchmarks/measure.py": "import benchmarks.tables\n",
+}
+CELLS = ("import torch, msif_lib.study.figures", "def rows():\n    from benchmarks import tables")
+
+
+@pytest.fixture
+def tree(project):
+    """The project with a library of several modules, and its chapter's key."""
+    for name, text in TREE.items():
+        path = project / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    write_notebook(project / "book" / "chapters" / "chapter.ipynb", *CELLS)
+    (notebook,) = runner.find_notebooks(project, ["chapter"])
+    return project, lambda: runner.cache_key(project, notebook, {})
+
+
+def test_a_notebook_depends_on_what_it_imports_however_far(tree):
+    project, _ = tree
+    (notebook,) = runner.find_notebooks(project, ["chapter"])
+    found = {path.relative_to(project).as_posix() for path in runner.modules_of(project, notebook)}
+    left_out = {
+        "msif_lib/unused.py", "msif_lib/hinted.py", "benchmarks/measure.py",
+        "msif_lib/study/figures.css", "msif_lib/study/unused.css",
+    }  # fmt: skip
+    assert found == set(TREE) - left_out
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("msif_lib/study/figures.py", "WIDTH = 3", "WIDTH = 4"),
+        ("msif_lib/core.py", "VALUE = 1", "VALUE = 2"),  # by the package's __init__
+        ("msif_lib/study/__init__.py", "", "import warnings\n"),
+        ("msif_lib/study/style/__init__.py", "colour\n", "colour\nMORE = 1\n"),
+        ("msif_lib/study/style/colours.py", "return NAME", "return NAME + ''"),
+        ("msif_lib/study/names.py", "blue", "red"),  # a text that is no docstring
+        ("msif_lib/study/figures.css", "red", "blue"),
+        ("benchmarks/units.py", "SECOND = 1", "SECOND = 2"),
+    ],
+)
+def test_changed_code_of_what_is_imported_counts(tree, name, old, new):
+    project, key = tree
+    before = key()
+    text = (project / name).read_text()
+    (project / name).write_text(text.replace(old, new, 1))
+    assert key() != before
+    (project / name).write_text(text)
+    assert key() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("msif_lib/__init__.py", "The library.", "The library, reworded.\n\nAt length.\n"),
+        (
+            "msif_lib/study/figures.py",
+            '"""Draw."""',
+            '"""Draw a figure,\n\n    in colour.\n    """',
+        ),
+        ("msif_lib/study/figures.py", '    """Draw."""\n', ""),
+        ("msif_lib/study/figures.py", "# inches", "# in inches"),
+        ("msif_lib/study/figures.py", "WIDTH = 3", "\n\nWIDTH   =   3"),
+        ("msif_lib/study/names.py", "'blue'\n", "'blue'\n'A colour.'\n"),
+        ("msif_lib/hinted.py", "class Hint: ...", "class Hint:\n    x: int"),  # for mypy alone
+        ("msif_lib/unused.py", "OTHER = 1", "OTHER = 2"),
+        ("msif_lib/study/unused.css", "red", "blue"),
+        ("benchmarks/measure.py", "tables", "units"),
+    ],
+)
+def test_wording_and_what_is_not_imported_do_not_count(tree, name, old, new):
+    project, key = tree
+    before = key()
+    text = (project / name).read_text()
+    assert old in text
+    (project / name).write_text(text.replace(old, new, 1))
+    assert key() == before
+
+
+def test_a_module_that_comes_or_goes_counts(tree):
+    project, key = tree
+    before = key()
+    (project / "msif_lib" / "more.py").write_text("")
+    assert key() == before
+    (project / "msif_lib" / "core.py").rename(project / "msif_lib" / "kernel.py")
+    assert key() != before
+
+
+def test_a_cell_with_a_magic_may_import_anything(tree):
+    project, key = tree
+    write_notebook(project / "book" / "chapters" / "chapter.ipynb", "%run something")
+    before = key()
+    for name in ("msif_lib/unused.py", "benchmarks/measure.py"):
+        (project / name).write_text("CHANGED = 1\n")
+        assert key() != before
+        before = key()
+    (project / "msif_lib" / "unused.py").write_text("CHANGED = 1  # a comment\n")
+    assert key() == before
+    # Nor does a module keep the runner from its work; executing the notebook shows the mistake.
+    (project / "msif_lib" / "unused.py").write_text("CHANGED = \n")
+    assert key() != before
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import a.b as c, d", {"a.b", "d"}),
+        ("from a import b, c", {"a", "a.b", "a.c"}),
+        ("from a import *", {"a", "a.*"}),
+        ("from . import b", {"top.inner", "top.inner.b"}),
+        ("from ..b import c", {"top.b", "top.b.c"}),
+        ("try:\n    import a\nexcept ImportError:\n    import b", {"a", "b"}),
+        ("class A:\n    def f(self):\n        import a", {"a"}),
+        ("if TYPE_CHECKING:\n    import a\nelse:\n    import b", {"b"}),
+        ("import typing\nif typing.TYPE_CHECKING:\n    import a", {"typing"}),
+        ("if not TYPE_CHECKING:\n    import a", {"a"}),
+        ("'import a'  # import b", set()),
+    ],
+)
+def test_imports_are_read_from_the_text(source, names):
+    assert imported_names(source, "top.inner") == names
+
+
+def test_a_star_stands_for_every_module_of_the_package(tree):
+    project, key = tree
+    write_notebook(project / "book" / "chapters" / "chapter.ipynb", "from benchmarks import *")
+    before = key()
+    (project / "benchmarks" / "measure.py").write_text("CHANGED = 1\n")
+    assert key() != before
 
 
 def test_failing_notebook_is_left_to_open(project):

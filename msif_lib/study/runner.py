@@ -15,10 +15,12 @@ declares ``record`` the file for its numbers, ``build/<profile>/records/<name>.j
 declares ``records`` the folder of these files, and it runs after all the others.
 
 An executed copy is kept as ``build/<profile>/executed/<name>.ipynb`` with a key in its metadata, a
-hash of all that its outputs depend on: the notebook, the library, the parameters, the versions of
-the packages, and the files that the notebook's metadata list under ``msif.inputs`` (glob patterns
-from the project's root). While the key holds, the copy is not executed again. A notebook that
-fails is left as ``<name>.failed.ipynb`` beside it.
+hash of all that its outputs depend on: the notebook, the parameters, the versions of the packages,
+the code (without comments and docstrings) of the project's modules that it imports and that these
+import, with the data that lie beside a module under its name, and the files that the notebook's
+metadata list under ``msif.inputs`` (glob patterns from the project's root). While the key holds,
+the copy is not executed again. A module imported by a name that is put together at run time is not
+seen; list it there. A notebook that fails is left as ``<name>.failed.ipynb`` beside it.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ from typing import Any
 import nbformat
 import yaml
 
+from msif_lib.study.imports import code_of, files_beside, imported_files
+
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = Path("notebooks/profiles")
 FOLDERS = {"experiments": Path("notebooks"), "chapters": Path("book/chapters")}
@@ -61,8 +65,6 @@ PACKAGES = (
     "ipykernel",
     "myst-nb",
 )
-# Changing how notebooks are run or rendered changes no number in them: files and folders.
-NOT_IN_KEY = ("runner.py", "book.py", "pages")
 HEARTBEAT = 60.0  # seconds between two lines on a notebook that is still running
 
 
@@ -362,6 +364,39 @@ def installed_version(package: str) -> str:
         return "absent"
 
 
+def modules_of(root: Path, notebook: Notebook) -> list[Path]:
+    """Return the project's modules that a notebook imports, and those that these import.
+
+    Parameters
+    ----------
+    root
+        The project's root, from which they are imported.
+    notebook
+        The notebook.
+
+    Returns
+    -------
+    list of Path
+        All of the project's packages where a cell or a module is not plain Python, since a magic
+        may import anything.
+    """
+    cells = [cell.source for cell in notebook.read().cells if cell.cell_type == "code"]
+    try:
+        return imported_files(root, cells)
+    except SyntaxError:
+        packages = [path.parent for path in root.glob("*/__init__.py")]
+        return sorted(path for package in packages for path in package.rglob("*.py"))
+
+
+def _code(module: Path) -> str:
+    """Return what of a module a result depends on; all of it where it is not valid Python."""
+    text = module.read_text(encoding="utf-8")
+    try:
+        return code_of(text)
+    except SyntaxError:
+        return text
+
+
 def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str:
     """Return the hash of all that a notebook's outputs depend on.
 
@@ -380,12 +415,8 @@ def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str
     checked against published sums when they are read.
     """
     source = notebook.read()
-    library = root / "msif_lib"
-    files = [
-        path
-        for path in library.rglob("*.py")
-        if not set(path.relative_to(library).parts) & set(NOT_IN_KEY)
-    ]
+    modules = modules_of(root, notebook)
+    files = [path for module in modules for path in files_beside(module)]
     for pattern in source.metadata.get("msif", {}).get("inputs", []):
         files += root.glob(pattern)
     if "records" in parameters:
@@ -404,9 +435,11 @@ def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str
         *(f"{package}=={installed_version(package)}" for package in PACKAGES),
     ]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for path in sorted(set(files)):
+    contents = {path: path.read_bytes() for path in files}
+    codes = {module: _code(module).encode() for module in modules}
+    for path, content in sorted([*contents.items(), *codes.items()]):
         digest.update(f"\0{path.relative_to(root).as_posix()}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 
 
