@@ -2,21 +2,25 @@
 
 Every solver takes an operator and one right-hand side ``(p,)`` or several as columns ``(p, k)``,
 which share each product, and returns a :class:`Solution`: x and a :class:`SolveReport` that says
-what was solved, how far the residual came and, where it did not reach the tolerance, why.
+what was solved, how far the residual came and, where it did not reach the tolerance, why. Where
+nothing was found at all, x = 0 for b ≠ 0, it raises :class:`FailedSolve`: no such answer goes on.
 Nothing here knows about influence functions.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from msif_lib.minres import Iterate, minimal_residual
 from msif_lib.support.notices import warn_caller
 
 
@@ -33,20 +37,26 @@ class Operator(Protocol):
         ...
 
 
-class Preconditioner(Protocol):
-    """What a solver needs of P⁻¹ = S Sᵀ, near (A + λI)⁻¹ and positive definite."""
-
-    def root(self, columns: Tensor, /) -> Tensor:
-        """S times columns ``(p, k)``."""
-        ...
-
-    def root_transposed(self, columns: Tensor, /) -> Tensor:
-        """Sᵀ times columns ``(p, k)``."""
-        ...
-
-
 class SolverWarning(UserWarning):
     """A solve stopped short of its tolerance or met negative curvature."""
+
+
+class FailedSolve(FloatingPointError):
+    """A solve found nothing: its solution is zero where b is not, or left the finite numbers.
+
+    Attributes
+    ----------
+    report
+        What the solver did. None where it could not end.
+    """
+
+    def __init__(self, message: str, report: SolveReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[FailedSolve], tuple[str, SolveReport | None]]:
+        """Pickled with its report, as between processes."""
+        return type(self), (str(self), self.report)
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,13 @@ class SolveReport:
     message: str = "solved to the tolerance"
     preconditioner: str = "none"
 
+    def __post_init__(self) -> None:
+        if any(map(math.isnan, (self.damping, *self.residuals, *self.history))):
+            raise ValueError(
+                f"{self.solver}: a report states no residual that is not a number, but was given "
+                f"residuals {self.residuals}"
+            )
+
     @property
     def residual(self) -> float:
         """The largest relative residual."""
@@ -106,7 +123,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(ABC):
     """A method for (A + λI) x = b; calling it is the same as :meth:`solve`.
 
     Attributes
@@ -116,6 +133,9 @@ class Solver:
     """
 
     damping: float = field(default=0.0, kw_only=True)
+
+    # Whether a residual above the tolerance is news.
+    _warns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < float("inf"):
@@ -146,6 +166,8 @@ class Solver:
         ------
         ValueError
             `b` does not fit the operator, or is not finite.
+        FailedSolve
+            The solution is zero for a right-hand side that is not, or overflowed.
         FloatingPointError
             A product with A is not finite.
 
@@ -162,15 +184,36 @@ class Solver:
         if not b.isfinite().all():
             raise ValueError("the right-hand side is not finite")
         columns = b[:, None] if b.dim() == 1 else b
-        x, report = self._solve(operator, columns, progress)
+        try:
+            x, report = self._solve(operator, columns, progress)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise self._failed(f"a factorisation failed: {error}") from error
         if not x.isfinite().all():
-            raise FloatingPointError(f"{report.solver}: the solution of {report.system} overflowed")
-        if report.message != SolveReport.message and not isinstance(self, Identity):
+            raise self._failed("the solution overflowed", report)
+        lost = ((x == 0).all(0) & (columns != 0).any(0)).nonzero()[:, 0].tolist()
+        if lost:
+            raise self._failed(
+                f"the solution is zero where the right-hand side is not, in {len(lost)} of "
+                f"{x.shape[1]} columns (the first: {lost[0]}), so nothing is computed from it",
+                report,
+            )
+        if self._warns and report.message != SolveReport.message:
             warn_caller(f"{report.solver}: {report.message}", SolverWarning)
         return Solution(x[:, 0] if b.dim() == 1 else x, report)
 
+    @abstractmethod
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        raise TypeError(f"{type(self).__name__} does not define a method")
+        """The solution ``(p, k)`` for `b` ``(p, k)``, and the report."""
+
+    def _failed(self, why: str, report: SolveReport | None = None) -> FailedSolve:
+        said = "" if report is None or report.message == SolveReport.message else report.message
+        return FailedSolve(
+            f"{type(self).__name__}: the solve of {self._system} failed: {why}. "
+            + (f"What it says: {said}. " if said else "")
+            + "Half-precision products and nearly singular systems do that: compute in float32 or "
+            "float64, or raise the damping or the weight decay",
+            report,
+        )
 
     @property
     def _system(self) -> str:
@@ -186,25 +229,34 @@ def _checked(product: Tensor) -> Tensor:
     return product
 
 
-def _worst(norms: Tensor, b: Tensor) -> float:
-    """The largest of residual norms ``(k,)`` relative to the right-hand sides."""
-    return float(_relative(norms[None], b).max())
+def _norms(columns: Tensor) -> Tensor:
+    """‖·‖ a column, with 1 for a column that is zero."""
+    norms = columns.norm(dim=0)
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def _relative(residual: Tensor, b: Tensor) -> Tensor:
-    """‖residual‖/‖b‖ a column, with 0 for a right-hand side that is zero."""
-    scale = b.norm(dim=0)
-    return residual.norm(dim=0) / torch.where(scale > 0, scale, 1.0)
+    """‖residual‖/‖b‖ a column, 0 for b = 0 and infinite where it cannot be measured."""
+    residual, b = residual.to(_working(b.dtype)), b.to(_working(b.dtype))
+    scales = _scales(b)
+    relative = (residual / scales).norm(dim=0) / _norms(b / scales)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
-@dataclass
-class _State:
-    """A Krylov iterate: x, the recurrence's residual norms ``(k,)``, where A bent down, ‖A‖."""
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is for products: norms, recurrences and factorisations are in single."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
-    x: Tensor
-    norms: Tensor
-    negative: Tensor
-    size: float = 0.0
+
+def _scales(b: Tensor) -> Tensor:
+    """Powers of two ``(k,)`` by which columns are divided whose squares leave the range; else 1.
+
+    The norm of a gradient of 1e-25 is zero in float32.
+    """
+    most = -math.frexp(torch.finfo(b.dtype).tiny)[1]
+    exponents = torch.frexp(b.abs().amax(0)).exponent.tolist()
+    far = [max(-most, min(e, most)) if abs(e) > most // 3 else 0 for e in exponents]
+    return torch.tensor([2.0**e for e in far], dtype=b.dtype, device=b.device)
 
 
 # A Krylov run ends when its recurrence promises a residual this much smaller than the true one,
@@ -216,12 +268,12 @@ _ROUGH = 5e-3
 
 # (product with the matrix, right-hand sides, residual norms to be reached, what is known of ‖A‖
 # from earlier runs) -> iterates.
-_Iteration = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, float], Iterator[_State]]
+_Iteration = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, float], Iterator[Iterate]]
 
 
 def _conjugate_gradient(
     apply: Callable[[Tensor], Tensor], b: Tensor, target: Tensor, size: float
-) -> Iterator[_State]:
+) -> Iterator[Iterate]:
     """Conjugate gradients (Hestenes & Stiefel 1952), all columns in step, each to its target."""
     x, r, d = torch.zeros_like(b), b, b
     rho = (r * r).sum(0)
@@ -238,134 +290,143 @@ def _conjugate_gradient(
         previous, rho = rho, (r * r).sum(0)
         d = r + torch.where(active, rho / previous, 0.0) * d
         active &= rho.sqrt() > target
-        yield _State(x, rho.sqrt(), negative)
+        yield Iterate(x, rho.sqrt(), negative)
 
 
-def _orthonormal(columns: Tensor, negligible: float) -> tuple[Tensor, Tensor]:
-    """V ``(p, s)`` with orthonormal columns and B ``(s, k)`` with columns = V B.
+@dataclass
+class _Run:
+    """A Krylov solve under way: of each column the best iterate yet, with its true residual.
 
-    s is the numerical rank: directions of length at most `negligible` are left out.
+    Attributes
+    ----------
+    iteration, matrix, b
+        The method, the product with the matrix, and right-hand sides ``(p, k)``.
+    tol, limit
+        Relative residual asked for, and iterations allowed for a column.
+    definite
+        Whether the method needs a positive definite matrix.
+    dtype
+        In which products are computed.
+    bar
+        Where progress is shown.
+    x, residual, norms
+        Iterates ``(p, k)``, b − A x as measured by a product, and its norms ``(k,)``.
+    lengths
+        ‖b‖, with 1 for zero, ``(k,)``.
+    iterations
+        Of each column ``(k,)``.
+    products, history, negative, size
+        As the report states them, and what is known of ‖A‖.
     """
-    q, r = torch.linalg.qr(columns)
-    left, lengths, right = torch.linalg.svd(r, full_matrices=False)
-    kept = lengths > negligible
-    return q @ left[:, kept], lengths[kept, None] * right[kept]
 
+    iteration: _Iteration
+    matrix: Callable[[Tensor], Tensor]
+    b: Tensor
+    tol: float
+    limit: int
+    definite: bool
+    dtype: torch.dtype
+    bar: tqdm
+    x: Tensor = field(init=False)
+    residual: Tensor = field(init=False)
+    norms: Tensor = field(init=False)
+    lengths: Tensor = field(init=False)
+    iterations: Tensor = field(init=False)
+    products: int = 0
+    history: list[float] = field(default_factory=list)
+    negative: bool = False
+    size: float = 0.0
 
-class _Basis:
-    """Orthonormal vectors, kept as long as `memory` bytes allow, to hold later ones against."""
+    def __post_init__(self) -> None:
+        self.x, self.residual = torch.zeros_like(self.b), self.b.clone()
+        self.norms, self.lengths = self.b.norm(dim=0), _norms(self.b)
+        self.iterations = torch.zeros(self.b.shape[1], dtype=torch.long)
 
-    def __init__(self, like: Tensor, memory: int) -> None:
-        self._room = max(0, memory // (like.shape[0] * like.element_size()))
-        self._rows = like.new_empty(0, like.shape[0])
-        self._count = 0
+    @property
+    def target(self) -> Tensor:
+        """Residual norms to be reached, ``(k,)``."""
+        return self.tol * self.b.norm(dim=0)
 
-    def append(self, v: Tensor) -> None:
-        if self._count + v.shape[1] > self._room:
-            return
-        if self._count + v.shape[1] > len(self._rows):
-            longer = min(self._room, max(2 * len(self._rows), 16 * v.shape[1]))
-            rows = self._rows.new_empty(longer, self._rows.shape[1])
-            rows[: self._count] = self._rows[: self._count]
-            self._rows = rows
-        self._rows[self._count : self._count + v.shape[1]] = v.T
-        self._count += v.shape[1]
+    @property
+    def worst(self) -> float:
+        """The largest relative residual."""
+        return float((self.norms / self.lengths).max())
 
-    def remove_from(self, columns: Tensor) -> Tensor:
-        """The columns less their components along the vectors kept."""
-        known = self._rows[: self._count]
-        return columns - known.T @ (known @ columns)
+    @property
+    def broken(self) -> bool:
+        """Whether the method has met a matrix that it is not for."""
+        return self.definite and self.negative
 
+    def solve(self) -> None:
+        """Run again on what is left while that at least halves it: rounding sets a floor.
 
-def _minimal_residual(
-    apply: Callable[[Tensor], Tensor],
-    b: Tensor,
-    target: Tensor,
-    size: float,
-    preconditioner: Preconditioner | None,
-    memory: int,
-) -> Iterator[_State]:
-    """Block MINRES (Paige & Saunders 1975; in blocks, Soodhalter 2015), preconditioned.
+        Where a block of right-hand sides gets no further, each goes on by itself.
+        """
+        together, before = self.b.shape[1] > 1, torch.inf
+        while (worst := self.worst) > self.tol and not self.broken:
+            if worst > 0.5 * before:
+                if not together:
+                    return
+                together, before = False, torch.inf
+                continue
+            before = worst
+            left = (self.norms > self.target).cpu() & (self.iterations < self.limit)
+            columns = left.nonzero()[:, 0].to(self.b.device)
+            if not len(columns):
+                return
+            for some in [columns] if together else columns.split(1):
+                self.run(some)
 
-    With P⁻¹ = S Sᵀ it works on Â = Sᵀ A S. Block Lanczos builds V_1, V_2, ... with
+    def run(self, columns: Tensor) -> None:
+        """One run on the residual of some columns, in step."""
+        start, trial = self.x[:, columns], self.x[:, columns]
+        wanted, promised = self.target[columns], self.norms.clone()
+        for state in self.iteration(self.product, self.residual[:, columns], wanted, self.size):
+            if not state.norms.isfinite().all():
+                break
+            trial, self.size = start + state.x, state.size
+            self.negative |= bool(state.negative.any())
+            promised[columns] = state.norms
+            self.note(columns, float((promised / self.lengths).max()))
+            if int(self.iterations[columns.cpu()].max()) >= self.limit:
+                break
+            if len(self.history) % _DRIFT_EVERY == 0:
+                expected = torch.maximum(state.norms, wanted)
+                if bool((self.measure(trial, columns) > _DRIFT * expected).any()):
+                    return
+        self.measure(trial, columns)
 
-        Â V_k = V_{k−1} β_{k−1}ᵀ + V_k α_k + V_{k+1} β_k,      V_1 β_0 = Sᵀ b,
+    def note(self, columns: Tensor, residual: float) -> None:
+        """Count an iteration of some columns and show the residual promised."""
+        self.history.append(residual)
+        self.iterations[columns.cpu()] += 1
+        self.bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
+        self.bar.update()
 
-    and a QR factorisation of this block tridiagonal matrix gives the x of least residual
-    ‖Sᵀ(b − A x)‖ in the span of S V_1, ..., S V_k, for all right-hand sides at once:
+    def measure(self, trial: Tensor, columns: Tensor) -> Tensor:
+        """The true residual norms of an iterate, which is kept where it is the best yet.
 
-        D_k = (V_k − D_{k−1} δ_k − D_{k−2} ε_k) γ_k⁻¹,         x += S D_k τ_k.
+        That is, of least residual; while this is no less than that of x = 0, as in the first
+        iterations of conjugate gradients, of least error ‖x − x*‖² in the norm of the matrix, which
+        is xᵀ(Mx − 2b) but for a constant.
+        """
+        x, b = self.x[:, columns], self.b[:, columns]
+        trial = torch.where(trial.isfinite().all(0), trial, x)
+        true = b - self.product(trial)
+        measured = true.norm(dim=0)
+        better = measured < self.norms[columns]
+        if self.definite:
+            nearer = -(trial * (b + true)).sum(0) < -(x * (b + self.residual[:, columns])).sum(0)
+            better |= nearer & (self.norms[columns] >= self.lengths[columns])
+        chosen = columns[better]
+        self.x[:, chosen], self.residual[:, chosen] = trial[:, better], true[:, better]
+        self.norms[chosen] = measured[better]
+        return measured
 
-    A is nowhere required to be definite. Blocks shrink where the right-hand sides have less than
-    k independent directions left. Rounding would let the V lose their orthogonality, and with it
-    many iterations; those that `memory` can hold are kept and held against.
-
-    The run ends before its target where no further step would help: Krylov space exhausted, or a
-    direction d of length ‖d‖ ‖Â‖ ≫ 1 = ‖Â d‖, which is a null vector to rounding.
-    """
-    rounding = torch.finfo(b.dtype).eps ** 0.75
-    lengths = b.norm(dim=0)
-    right = b / torch.where(lengths > 0, lengths, 1.0)
-    right = preconditioner.root_transposed(right) if preconditioner else right
-    v, phi = _orthonormal(right, rounding * float(right.norm(dim=0).max()))
-    phi = phi * lengths
-    x, norms = torch.zeros_like(b), lengths
-    basis = _Basis(b, memory)
-    v_old, beta = v[:, :0], v.new_zeros(v.shape[1], 0)
-    # D of the last two blocks and the reflections that made them.
-    moved = torch.cat([x, x]) if preconditioner else x
-    d_1 = d_2 = moved[:, :0]
-    q_1 = torch.eye(v.shape[1]).to(v)
-    q_2 = v.new_zeros(0, 0)
-    pivot, negative = beta.new_zeros(0, 0), torch.zeros_like(lengths, dtype=torch.bool)
-    while v.shape[1] and bool((norms > target).any()):
-        basis.append(v)
-        z = preconditioner.root(v) if preconditioner else v
-        az = apply(z)
-        q = preconditioner.root_transposed(az) if preconditioner else az
-        alpha = v.T @ q
-        q = q - v @ alpha - v_old @ beta.T
-        # Once more, for rounding has left some of them in.
-        q = basis.remove_from(q - v @ (v.T @ q) - v_old @ (v_old.T @ q))
-        size = max(size, float(torch.linalg.matrix_norm(torch.cat([alpha, beta], 1), 2)))
-        v_new, beta_new = _orthonormal(q, rounding * size)
-
-        # The tridiagonal matrix is positive definite while its pivots are.
-        if not negative.any():
-            below = beta @ torch.linalg.solve(pivot, beta.T) if len(pivot) else 0.0
-            pivot = alpha - below
-            negative |= bool(torch.linalg.eigvalsh((pivot + pivot.T) / 2)[0] <= 0)
-
-        # The last two reflections applied to the new column of blocks, then the next one.
-        rows = torch.cat([beta.new_zeros(len(q_2) - beta.shape[1], len(alpha)), beta.T])
-        rows = q_2.T @ rows
-        epsilon, rest = rows.split([d_2.shape[1], len(rows) - d_2.shape[1]])
-        rows = q_1.T @ torch.cat([rest, alpha])
-        delta, gamma = rows.split([d_1.shape[1], len(rows) - d_1.shape[1]])
-        q_2, (q_1, r) = q_1, torch.linalg.qr(torch.cat([gamma, beta_new]), mode="complete")
-        # γ_k⁻¹ by its singular values: where one is zero to rounding there is a null vector, and
-        # what the other directions give is taken before the run ends.
-        left, values, right = torch.linalg.svd(r[: len(alpha)])
-        good = values > rounding * size
-        inverse = (right[good].T / values[good]) @ left[:, good].T
-        # With a preconditioner φ is not the norm of the residual, so A S D is carried along with D.
-        d = torch.cat([v, az]) if preconditioner else v
-        d_1, d_2 = (d - d_1 @ delta - d_2 @ epsilon) @ inverse, d_1
-        if rounding * size * float(d_1[: len(b)].norm(dim=0).max()) > 1:
-            yield _State(x, norms, negative, size)
-            return
-        phi = q_1.T @ torch.cat([phi, phi.new_zeros(beta_new.shape[0], phi.shape[1])])
-        tau, phi = phi.split([len(alpha), beta_new.shape[0]])
-        moved = moved + d_1 @ tau
-        x, ax = moved.split([len(b), len(moved) - len(b)])
-        norms = (b - ax if preconditioner else phi).norm(dim=0)
-        if preconditioner:
-            x = preconditioner.root(x)
-        if not good.all():
-            yield _State(x, norms, negative, size)
-            return
-        v_old, v, beta = v, v_new, beta_new
-        yield _State(x, norms, negative, size)
+    def product(self, columns: Tensor) -> Tensor:
+        """The product with the matrix, counted and checked."""
+        self.products += columns.shape[1]
+        return _checked(self.matrix(columns.to(self.dtype))).to(self.b.dtype)
 
 
 @dataclass(frozen=True)
@@ -396,7 +457,7 @@ class _Krylov(Solver):
     def _run(
         self,
         iteration: _Iteration,
-        apply: Callable[[Tensor], Tensor],
+        matrix: Callable[[Tensor], Tensor],
         b: Tensor,
         progress: bool,
         definite: bool = False,
@@ -405,113 +466,53 @@ class _Krylov(Solver):
 
         `definite` says that the method needs a positive definite matrix.
         """
-        tol = self._tolerance(b.dtype)
-        asked = b.dtype
-        if asked.itemsize < 4:  # the products in half precision, the recurrences in single
-            b = b.float()
+        worked = b.to(_working(b.dtype))
+        scales = _scales(worked)
         limit = self.max_iterations or min(max(1000, 2 * b.shape[0]), 10_000)
-        history: list[float] = []
-        products = 0
-        negative, size = False, 0.0
-
-        def counted(columns: Tensor) -> Tensor:
-            nonlocal products
-            products += columns.shape[1]
-            return _checked(apply(columns.to(asked))).to(b.dtype)
-
-        x, residual, target = torch.zeros_like(b), b, tol * b.norm(dim=0)
-        norms = b.norm(dim=0)
-        iterations = torch.zeros(b.shape[1], dtype=torch.long)
-
-        def measure(trial: Tensor, columns: Tensor) -> Tensor:
-            """The true residual norms of an iterate, which is kept where it is the best yet."""
-            nonlocal x, residual, norms
-            true = b[:, columns] - counted(trial)
-            measured = true.norm(dim=0)
-            better = measured < norms[columns]
-            chosen = columns[better]
-            x, residual, norms = x.clone(), residual.clone(), norms.clone()
-            x[:, chosen], residual[:, chosen] = trial[:, better], true[:, better]
-            norms[chosen] = measured[better]
-            return measured
-
         with tqdm(
             desc=type(self).__name__, disable=not progress, delay=1, leave=False, unit=" it"
         ) as bar:
-
-            def run(columns: Tensor) -> None:
-                """One run on the residual of some columns, in step."""
-                nonlocal negative, size
-                start, trial = x[:, columns], x[:, columns]
-                wanted, promised = target[columns], norms.clone()
-                for state in iteration(counted, residual[:, columns], wanted, size):
-                    trial, size = start + state.x, state.size
-                    negative |= bool(state.negative.any())
-                    promised[columns] = state.norms
-                    history.append(float(_relative(promised[None], b).max()))
-                    iterations[columns.cpu()] += 1
-                    bar.set_postfix(residual=f"{history[-1]:.1e}", refresh=False)
-                    bar.update()
-                    if int(iterations[columns.cpu()].max()) >= limit:
-                        break
-                    if len(history) % _DRIFT_EVERY == 0:
-                        expected = torch.maximum(state.norms, wanted)
-                        if bool((measure(trial, columns) > _DRIFT * expected).any()):
-                            return
-                measure(trial, columns)
-
-            # Begun again while that at least halves the residual: rounding sets a floor. Where a
-            # block of right-hand sides gets no further, each goes on by itself.
-            together = b.shape[1] > 1
-            worst, before = _worst(norms, b), torch.inf
-            while worst > tol and not (definite and negative):
-                if worst > 0.5 * before:
-                    if not together:
-                        break
-                    together, before = False, torch.inf
-                    continue
-                before = worst
-                left = ((norms > target).cpu() & (iterations < limit)).nonzero()[:, 0].to(b.device)
-                if not len(left):
-                    break
-                for columns in [left] if together else left.split(1):
-                    run(columns)
-                worst = _worst(norms, b)
-        broken = definite and negative and worst > tol
-        converged = worst <= tol
-        bent = f"met negative curvature, so the matrix of {self._system} is not positive definite"
-        if converged:
-            message = f"{bent}; solved to the tolerance" if negative else SolveReport.message
-        elif broken:
-            message = (
-                f"{bent}; stopped after {int(iterations.max())} iterations with relative residual "
-                f"{worst:.1e}. Train to a minimum, raise the damping, or use MinRes, which does "
-                "not need a definite matrix"
-            )
-        else:
-            why = (
-                f"stopped at the limit of {limit} iterations"
-                if int(iterations.max()) >= limit
-                else "stagnated: the system is singular, or "
-                f"{str(asked).removeprefix('torch.')} allows no more"
-            )
-            message = (
-                f"{why}: relative residual {worst:.1e} where {tol:.1e} was asked for. Allow more "
-                "iterations, raise the damping, or solve in float64"
-            )
+            run = _Run(
+                iteration, matrix, worked / scales, self._tolerance(b.dtype), limit, definite,
+                b.dtype, bar,
+            )  # fmt: skip
+            run.solve()
         report = SolveReport(
             solver=type(self).__name__,
             system=self._system,
             damping=self.damping,
-            iterations=int(iterations.max()),
-            products=products,
-            residuals=tuple(_relative(residual, b).tolist()),
-            history=tuple(history),
-            converged=converged,
-            negative_curvature=negative,
-            message=message,
+            iterations=int(run.iterations.max()),
+            products=run.products,
+            residuals=tuple((run.norms / run.lengths).tolist()),
+            history=tuple(run.history),
+            converged=run.worst <= run.tol,
+            negative_curvature=run.negative,
+            message=self._message(run),
         )
-        return x.to(asked), report
+        return (run.x * scales).to(b.dtype), report
+
+    def _message(self, run: _Run) -> str:
+        """What happened, for a person."""
+        bent = f"met negative curvature, so the matrix of {self._system} is not positive definite"
+        iterations = int(run.iterations.max())
+        if run.worst <= run.tol:
+            return f"{bent}; solved to the tolerance" if run.negative else SolveReport.message
+        if run.broken:
+            return (
+                f"{bent}; stopped after {iterations} iterations with relative residual "
+                f"{run.worst:.1e}. Train to a minimum, raise the damping, or use MinRes, which "
+                "does not need a definite matrix"
+            )
+        why = (
+            f"stopped at the limit of {run.limit} iterations"
+            if iterations >= run.limit
+            else "stagnated: the system is singular, or "
+            f"{str(run.dtype).removeprefix('torch.')} allows no more"
+        )
+        return (
+            f"{why}: relative residual {run.worst:.1e} where {run.tol:.1e} was asked for. Allow "
+            "more iterations, raise the damping, or solve in float64"
+        )
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return self.tol or {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 1e-2)
@@ -537,22 +538,15 @@ class ConjugateGradient(_Krylov):
     squared: bool = False
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        if not self.squared:
-            return self._run(
-                _conjugate_gradient,
-                lambda x: operator @ x + self.damping * x,
-                b,
-                progress,
-                definite=True,
-            )
-        x, report = self._run(
-            _conjugate_gradient,
-            lambda x: operator @ (operator @ x) + self.damping * x,
-            _checked(operator @ b),
-            progress,
-            definite=True,
-        )
-        return x, replace(report, products=2 * report.products + b.shape[1])
+        def matrix(x: Tensor) -> Tensor:
+            product = operator @ (operator @ x) if self.squared else operator @ x
+            return product + self.damping * x
+
+        right = _checked(operator @ b) if self.squared else b
+        x, report = self._run(_conjugate_gradient, matrix, right, progress, definite=True)
+        if self.squared:
+            report = replace(report, products=2 * report.products + b.shape[1])
+        return x, report
 
     @property
     def _system(self) -> str:
@@ -589,7 +583,7 @@ class MinRes(_Krylov):
         if self.precondition and not rough and hasattr(operator, "preconditioner"):
             preconditioner = operator.preconditioner(self.damping)
         x, report = self._run(
-            partial(_minimal_residual, preconditioner=preconditioner, memory=self.memory),
+            partial(minimal_residual, preconditioner=preconditioner, memory=self.memory),
             lambda x: operator @ x + self.damping * x,
             b,
             progress,
@@ -611,23 +605,24 @@ class Dense(Solver):
     """
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        known = isinstance(operator, Tensor)
+        known, working = isinstance(operator, Tensor), _working(b.dtype)
+        right = b.to(working)
         matrix = operator if isinstance(operator, Tensor) else operator.dense()  # type: ignore[attr-defined]
-        matrix = _checked((matrix + matrix.T) / 2)
+        matrix = _checked((matrix + matrix.T) / 2).to(working)
         shifted = matrix + self.damping * torch.eye(len(matrix)).to(matrix)
+        eps = torch.finfo(working).eps
         factor, failed = torch.linalg.cholesky_ex(shifted)
         pivots = factor.diagonal() ** 2
         # A pivot that is rounding of a zero can come out positive.
-        rounding = len(matrix) * torch.finfo(b.dtype).eps * pivots.max()
-        definite = not failed and bool(pivots.min() > rounding)
+        definite = not failed and bool(pivots.min() > len(matrix) * eps * pivots.max())
         message, converged = SolveReport.message, True
         if definite:
-            x = torch.cholesky_solve(b, factor)
+            x = torch.cholesky_solve(right, factor)
         else:
             values, vectors = torch.linalg.eigh(shifted)
-            small = values.abs() <= len(values) * torch.finfo(b.dtype).eps * values.abs().max()
+            small = values.abs() <= len(values) * eps * values.abs().max()
             inverse = torch.where(small, 0.0, 1 / torch.where(small, 1.0, values))
-            x = vectors @ (inverse[:, None] * (vectors.T @ b))
+            x = vectors @ (inverse[:, None] * (vectors.T @ right))
             converged = not bool(small.any())
             message = (
                 f"{self._system} is not positive definite (lowest eigenvalue {values[0]:.1e}); "
@@ -636,7 +631,7 @@ class Dense(Solver):
                 else f"{self._system} is singular ({int(small.sum())} eigenvalues are zero to "
                 "rounding); returned the least-norm solution. Add damping or weight decay"
             )
-        residuals = _relative(b - shifted @ x, b)
+        residuals = _relative(right - shifted @ x, right)
         report = SolveReport(
             solver="Dense",
             system=self._system,
@@ -649,7 +644,7 @@ class Dense(Solver):
             negative_curvature=not definite,
             message=message,
         )
-        return x, report
+        return x.to(b.dtype), report
 
 
 @dataclass(frozen=True)
@@ -658,6 +653,8 @@ class Identity(Solver):
 
     Its report states the residual that this leaves, and makes no claim to have converged.
     """
+
+    _warns: ClassVar[bool] = False
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         residuals = _relative(b - _checked(operator @ b + self.damping * b), b)

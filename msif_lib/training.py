@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
-from msif_lib.solvers import ConjugateGradient, SolverWarning
+from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.support.data import map_leaves
@@ -367,7 +367,10 @@ def _newton(
         with warnings.catch_warnings():
             # The report is read right here; a loose or refused step is no news to the user.
             warnings.simplefilter("ignore", SolverWarning)
-            solution = solver.solve(hessian(x), -gradient)
+            try:
+                solution = solver.solve(hessian(x), -gradient)
+            except FailedSolve:  # bent down in the first direction
+                return x, step
         if solution.report.negative_curvature:
             return x, step
         trial = x + solution.x
