@@ -22,7 +22,7 @@ $(error no edition is called '$(EDITION)'; known: $(EDITIONS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book pdf experiments test lint format bench clean distclean
+.PHONY: help venv book pdf experiments test numeric lint format bench clean distclean
 
 help: ## list these targets
 	@echo "make TARGET [PROFILE=default|smoke|paper] [EDITION=reader|student|instructor] [JOBS=2] [PYTHON=python3.11]"
@@ -51,8 +51,15 @@ pdf: venv ## render the book and print it into one PDF, by Chromium
 experiments: venv ## execute the notebooks that changed, without rendering the book
 	@$(VENV)/python -m msif_lib.study.runner --profile "$(PROFILE)" --jobs "$(JOBS)"
 
-test: lint ## lint, check types and run the tests (PYTEST_ARGS='-k name' to choose)
-	OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n "$(JOBS)" --dist loadgroup $(PYTEST_ARGS)
+# `-m` after it overrides the one of pyproject.toml, which leaves out what is marked slow.
+pytest = OMP_NUM_THREADS=1 $(VENV)/python -m pytest -q -n "$(JOBS)" --dist loadgroup
+
+test: lint ## lint, check types and run the tests (PYTEST_ARGS='-k name' to choose, '-m slow' for the slow ones)
+	$(pytest) $(PYTEST_ARGS)
+
+# The kernels that torch has for every processor round otherwise than those for AVX2 and AVX512.
+numeric: venv ## repeat the tests marked numeric with torch's plainest kernels
+	ATEN_CPU_CAPABILITY=default $(pytest) -m "numeric and not slow" $(PYTEST_ARGS)
 
 lint: venv ## check style, formatting and types
 	$(VENV)/ruff check --quiet .

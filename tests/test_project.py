@@ -1,7 +1,9 @@
 """The project's declarations agree with each other, and its notebooks are committed clean."""
 
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -174,6 +176,67 @@ def test_make_help_lists_every_target():
     ).stdout
     for target in targets:
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), f"{target} has no description"
+
+
+@pytest.mark.parametrize("fails", ["", "test", "numeric", "book"])
+def test_continuous_integration_fails_with_each_of_its_steps(tmp_path, fails):
+    """With a `make` that only says what it was called with."""
+    make = tmp_path / "make"
+    make.write_text(f'#!/bin/sh\necho "called $1"\n[ "$1" != "{fails}" ]\n')
+    make.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run = subprocess.run(
+        [ROOT / ".ci" / "run"], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
+    assert re.findall(r"^called (.*)$", run.stdout, re.MULTILINE) == ["test", "numeric", "book"]
+    ends = dict(re.findall(r"^== make (\w+): (\w+) \(\d+ s\)$", run.stdout, re.MULTILINE))
+    assert ends == {
+        name: "FAILED" if name == fails else "passed" for name in ("test", "numeric", "book")
+    }
+    assert run.returncode == (1 if fails else 0)
+
+
+def test_the_repeat_takes_other_kernels_and_checks_the_style_once():
+    shown = subprocess.run(
+        ["make", "--dry-run", "numeric", "PYTEST_ARGS=--last"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (command,) = (line for line in shown.splitlines() if "pytest" in line)
+    assert command.startswith("ATEN_CPU_CAPABILITY=default ")
+    assert command.endswith('-m "numeric and not slow" --last')
+    assert "ruff" not in shown and "mypy" not in shown
+
+
+@pytest.mark.parametrize(
+    ("chosen", "ran", "code"),
+    [
+        ([], ["numeric", "plain"], 0),
+        (["-m", "slow"], ["both", "slow"], 0),
+        (["-m", "numeric and not slow"], ["numeric"], 0),
+        (["-k", "nothing"], [], 5),
+    ],
+)
+def test_slow_tests_wait_to_be_asked_for_and_none_is_a_failure(tmp_path, chosen, ran, code):
+    marks = {"plain": (), "slow": ("slow",), "numeric": ("numeric",), "both": ("numeric", "slow")}
+    (tmp_path / "test_sample.py").write_text(
+        "import pytest\n"
+        + "".join(
+            "".join(f"@pytest.mark.{mark}\n" for mark in marks[name]) + f"def test_{name}(): pass\n"
+            for name in marks
+        )
+    )
+    options = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-n", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", *options, *chosen, tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    named = set(re.findall(r"::test_(\w+) PASSED|PASSED \S+::test_(\w+)", run.stdout))
+    assert sorted("".join(pair) for pair in named) == ran, run.stdout
+    assert run.returncode == code
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
