@@ -12,8 +12,11 @@ where J_i is the Jacobian of the model's outputs and ℓ'' the Hessian of the lo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import starmap
+from typing import Literal
 
 import numpy as np
 import scipy.sparse.linalg
@@ -24,7 +27,6 @@ from torch.func import grad, jvp, vjp
 from msif_lib.preconditioner import (
     FEWEST_ROWS,
     MOST_ROWS,
-    Block,
     GaussNewtonPreconditioner,
     gauss_newton_rows,
 )
@@ -36,6 +38,10 @@ from msif_lib.support.functional import (
     require_second_derivatives,
     saved_bytes,
 )
+from msif_lib.support.parameters import Block
+
+#: The blocks of parameters that have a name.
+BlockName = Literal["joint", "embedding", "head", "trained"]
 
 # Columns of the identity multiplied at once by dense().
 _DENSE_COLUMNS = 64
@@ -50,7 +56,7 @@ def _differentiating() -> Iterator[None]:
         yield
 
 
-class LinearOperator:
+class LinearOperator(ABC):
     """A real matrix known by its products: ``A @ x`` for x of shape ``(p,)`` or ``(p, k)``.
 
     Attributes
@@ -66,9 +72,9 @@ class LinearOperator:
     device: torch.device
     _matrix: Tensor | None = None
 
+    @abstractmethod
     def _product(self, columns: Tensor) -> Tensor:
         """A times the columns ``(p, k)``; each operator's own."""
-        raise TypeError(f"{type(self).__name__} does not define a product")
 
     @property
     def T(self) -> LinearOperator:
@@ -139,9 +145,9 @@ class LinearOperator:
 
 
 class _SecondDerivative(LinearOperator):
-    """The block ∂²G/∂a∂b of the objective's Hessian, a and b each W, U or both.
+    """The block ∂²J/∂a∂b of the objective's Hessian, a and b blocks of the parameters.
 
-    A product with v is ∂/∂a (∇_b G · v), double backward (Pearlmutter 1994). ∇_b G is recorded
+    A product with v is ∂/∂a (∇_b J · v), double backward (Pearlmutter 1994). ∇_b J is recorded
     with its graph once a batch, and each product costs one backward pass through that graph,
     about half of recording it anew. The graphs are kept between products where those of all
     batches fit `memory_budget` bytes; else each product records them again, a batch at a time.
@@ -153,35 +159,30 @@ class _SecondDerivative(LinearOperator):
         rows: Block,
         columns: Block,
         memory_budget: int | None,
-        at: tuple[Tensor, Tensor] | None = None,
+        at: Tensor | None = None,
     ) -> None:
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
+        self._at = stage.vector() if at is None else at
         self._checked = False
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
         with _differentiating():
-            self._choose_leaves(at or (stage.embedding_vector(), stage.head_vector()))
+            # The graphs lead back to these leaves alone: where only the head is asked for, the
+            # embedding is evaluated as a constant.
+            take = stage.parameters.take
+            self._row_leaf = take(self._at, rows).detach().requires_grad_()
+            leaves = [(rows, self._row_leaf)]
+            self._column_leaf = self._row_leaf
+            if columns != rows:
+                self._column_leaf = take(self._at, columns).detach().requires_grad_()
+                leaves.append((columns, self._column_leaf))
+            self._parts = stage.parameters.parts(self._at, *leaves)
             if memory_budget:
                 self._kept = self._recorded(memory_budget)
         self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
-
-    def _choose_leaves(self, at: tuple[Tensor, Tensor]) -> None:
-        """The parameters as leaves of the graphs: those that rows and columns stand for."""
-        (w, h), (rows, columns) = at, self._blocks
-        # The graphs lead back to these leaves alone: where only the head is asked for, the
-        # embedding is evaluated once, as a constant.
-        if rows == "joint":
-            theta = torch.cat([w, h]).detach().requires_grad_()
-            self._w, self._h = self.stage.split(theta)
-            leaf = {"joint": theta}
-        else:
-            self._w = w.detach().requires_grad_("embedding" in (rows, columns))
-            self._h = h.detach().requires_grad_("head" in (rows, columns))
-            leaf = {"embedding": self._w, "head": self._h}
-        self._row_leaf, self._column_leaf = leaf[rows], leaf[columns]
 
     @property
     def T(self) -> LinearOperator:
@@ -189,7 +190,7 @@ class _SecondDerivative(LinearOperator):
         rows, columns = self._blocks
         if rows == columns:
             return self
-        return _SecondDerivative(self.stage, columns, rows, 0, (self._w, self._h))
+        return _SecondDerivative(self.stage, columns, rows, 0, self._at)
 
     def _gradient(self, term: Tensor) -> Tensor | None:
         """∇_b of one term of the objective, with its graph; None where that is constant."""
@@ -200,21 +201,21 @@ class _SecondDerivative(LinearOperator):
         )
         return gradient if gradient.requires_grad else None
 
-    def _batch_gradient(self, batch: Batch) -> Tensor | None:
-        losses = self.stage.losses(self._w, self._h, *batch)
+    def _batch_gradient(self, batch: Batch, weights: Tensor) -> Tensor | None:
+        losses = self.stage.batch_losses(self._parts, *batch)
         if not self._checked:
             require_second_derivatives(losses)
             self._checked = True
-        return self._gradient(losses.sum() / self.stage.size)
+        return self._gradient(weights @ losses / self.stage.size)
 
     def _recorded(self, memory_budget: int) -> list[Tensor | None] | None:
-        """∇_b G of every batch with its graph; None where they would hold more than the budget."""
+        """∇_b J of every batch with its graph; None where they would hold more than the budget."""
         gradients: list[Tensor | None] = []
         used: dict[int, int] = {}  # batches share storage: the parameters'
-        for batch in self.stage.batches():
+        for batch, weights in self.stage.weighted_batches():
             try:
                 with saved_bytes() as held:
-                    gradients.append(self._batch_gradient(batch))
+                    gradients.append(self._batch_gradient(batch, weights))
             except GraphNotCountable:
                 return None
             used |= held
@@ -223,9 +224,9 @@ class _SecondDerivative(LinearOperator):
         return gradients
 
     def _data_gradients(self) -> Iterator[Tensor | None]:
-        """The terms of ∇_b G that depend on the data, one a batch."""
+        """The terms of ∇_b J that depend on the data, one a batch."""
         if self._kept is None:
-            yield from map(self._batch_gradient, self.stage.batches())
+            yield from starmap(self._batch_gradient, self.stage.weighted_batches())
         else:
             yield from self._kept
 
@@ -248,8 +249,8 @@ class _SecondDerivative(LinearOperator):
 
         for gradient in self._data_gradients():
             add(gradient)
-        product = self.stage.all_reduce(product)
-        add(self._gradient(self.stage.regularization(self._w, self._h)))
+        product = self.stage.reader.all_reduce(product)
+        add(self._gradient(self.stage.penalty(self._parts)))
         return product
 
 
@@ -262,8 +263,9 @@ class Hessian(_SecondDerivative):
         The stage, at whose current parameters the Hessian is taken (later changes of the
         parameters do not move it).
     block
-        ``"joint"``: ∂²G/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²G/∂W²;
-        ``"head"``: ∂²G/∂U².
+        ``"joint"``: ∂²J/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²J/∂W²;
+        ``"head"``: ∂²J/∂U²; ``"trained"``: of the parameters that the stage trains; or the
+        numbers of any of its parameters.
     memory_budget
         Bytes of autograd graphs that may be kept between products, all or none; None: 128 MiB on a
         CPU, 8 GiB on a GPU.
@@ -271,7 +273,7 @@ class Hessian(_SecondDerivative):
     Raises
     ------
     ValueError
-        `block` is none of the three.
+        `block` is none of these.
 
     Examples
     --------
@@ -288,11 +290,11 @@ class Hessian(_SecondDerivative):
     """
 
     def __init__(
-        self, stage: Stage, block: Block = "joint", memory_budget: int | None = None
+        self, stage: Stage, block: BlockName | Block = "joint", memory_budget: int | None = None
     ) -> None:
-        _check_block(block)
-        super().__init__(stage, block, block, memory_budget)
-        self._block, self._memory_budget = block, memory_budget
+        self.block = numbers_of(stage, block)
+        super().__init__(stage, self.block, self.block, memory_budget)
+        self._memory_budget = memory_budget
         self._preconditioners: dict[float, GaussNewtonPreconditioner | None] = {}
 
     def dense(self) -> Tensor:
@@ -301,11 +303,11 @@ class Hessian(_SecondDerivative):
         As it is symmetric, the joint one takes products through the embedding for the columns of
         W alone; the block of the head is had with the embedding's outputs as constants.
         """
-        size = self._w.numel()
-        if self._matrix is None and self._block == "joint" and 0 < size < self.shape[1]:
-            at = self._w, self._h
+        size = self.stage.embedding_size
+        if self._matrix is None and self.block == self.stage.parameters.all and size:
+            own, at = self.stage.own, self._at
             left = self._leading(size)
-            head = _SecondDerivative(self.stage, "head", "head", self._memory_budget, at).dense()
+            head = _SecondDerivative(self.stage, own, own, self._memory_budget, at).dense()
             self._matrix = torch.cat([left, torch.cat([left[size:].T, head])], 1)
         return super().dense()
 
@@ -325,30 +327,38 @@ class Hessian(_SecondDerivative):
         room = _PRECONDITIONER_MEMORY // diagonal.nbytes
         if room < FEWEST_ROWS or self.dtype.itemsize < 4:
             return None
-        at = self._w.detach(), self._h.detach()
         with _differentiating():
-            rows = gauss_newton_rows(self.stage, at, min(MOST_ROWS, room), self._block)
+            rows = gauss_newton_rows(self.stage, self._at, min(MOST_ROWS, room), self.block)
         return None if rows is None else GaussNewtonPreconditioner.from_rows(rows, diagonal)
 
 
 class CrossHessian(_SecondDerivative):
-    """F_WΘ = ∂²F/∂W∂Θ of shape ``(p_W, p_Θ)``; its transpose F_ΘW is ``.T``.
+    """J_WU = ∂²J/∂W∂U of shape ``(p_W, p_U)``, F_WΘ of the paper; its transpose is ``.T``.
 
     Parameters
     ----------
     stage
-        The stage whose objective is F.
+        The stage whose objective is J.
+    rows, columns
+        Numbers of other parameters than the shared and the stage's own.
     memory_budget
         Bytes of autograd graphs that may be kept between products, all or none; None: 128 MiB on a
         CPU, 8 GiB on a GPU.
     """
 
-    def __init__(self, stage: Stage, memory_budget: int | None = None) -> None:
-        super().__init__(stage, "embedding", "head", memory_budget)
+    def __init__(
+        self,
+        stage: Stage,
+        rows: Block | None = None,
+        columns: Block | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        rows = stage.shared if rows is None else rows
+        super().__init__(stage, rows, stage.own if columns is None else columns, memory_budget)
 
 
 class GaussNewton(LinearOperator):
-    """The generalised Gauss-Newton matrix (1/N) Σ J_iᵀ ℓ''_i J_i, plus the regularizer's Hessian.
+    """The generalised Gauss-Newton matrix (1/N) Σ w_i J_iᵀ ℓ''_i J_i + R''.
 
     Positive semidefinite for a loss that is convex in the outputs, whatever the network; equal
     to the Hessian where the outputs are linear in the parameters (Schraudolph 2002).
@@ -363,48 +373,46 @@ class GaussNewton(LinearOperator):
     Raises
     ------
     ValueError
-        `block` is none of the three.
+        `block` is none of these.
     """
 
-    def __init__(self, stage: Stage, block: Block = "joint") -> None:
-        _check_block(block)
+    def __init__(self, stage: Stage, block: BlockName | Block = "joint") -> None:
+        self.block = numbers_of(stage, block)
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
-        self._block = block
-        self._w, self._h = stage.embedding_vector(), stage.head_vector()
-        self._at = {"joint": stage.vector(), "embedding": self._w, "head": self._h}[block]
+        self._vector = stage.vector()
+        self._at = stage.parameters.take(self._vector, self.block)
         self.shape = (self._at.numel(), self._at.numel())
 
-    def _parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        if self._block == "joint":
-            return self.stage.split(vector)
-        return (vector, self._h) if self._block == "embedding" else (self._w, vector)
+    def _parts(self, leaf: Tensor) -> list[Tensor]:
+        return self.stage.parameters.parts(self._vector, (self.block, leaf))
 
-    def _batch_product(self, batch: Batch, v: Tensor) -> Tensor:
-        """Σ J_iᵀ ℓ''_i J_i v over one batch: forward, the loss's curvature, backward."""
+    def _batch_product(self, batch: Batch, weights: Tensor, v: Tensor) -> Tensor:
+        """Σ w_i J_iᵀ ℓ''_i J_i v over one batch: forward, the loss's curvature, backward."""
         inputs, targets = batch
 
-        def outputs(vector: Tensor) -> Tensor:
-            return self.stage.outputs(*self._parts(vector), inputs)
+        def outputs(leaf: Tensor) -> Tensor:
+            return self.stage.batch_outputs(self._parts(leaf), inputs)
 
         def loss(outputs: Tensor) -> Tensor:
-            return self.stage.loss(outputs, targets).sum()
+            return weights @ self.stage.loss(outputs, targets)
 
-        at, pull_back = vjp(outputs, self._at)[:2]
-        moved = jvp(outputs, (self._at,), (v,))[1]
-        curved = jvp(grad(loss), (at,), (moved,))[1]
-        return pull_back(curved)[0]
+        with self.stage.kernels():
+            at, pull_back = vjp(outputs, self._at)[:2]
+            moved = jvp(outputs, (self._at,), (v,))[1]
+            curved = jvp(grad(loss), (at,), (moved,))[1]
+            return pull_back(curved)[0]
 
     def _product(self, columns: Tensor) -> Tensor:
-        def regularization(vector: Tensor) -> Tensor:
-            return self.stage.regularization(*self._parts(vector))
+        def penalty(leaf: Tensor) -> Tensor:
+            return self.stage.penalty(self._parts(leaf))
 
         product = torch.zeros_like(columns)
-        for batch in self.stage.batches():
+        for batch, weights in self.stage.weighted_batches():
             for index, v in enumerate(columns.unbind(1)):
-                product[:, index] += self._batch_product(batch, v) / self.stage.size
-        own = [jvp(grad(regularization), (self._at,), (v,))[1] for v in columns.unbind(1)]
-        return self.stage.all_reduce(product) + torch.stack(own, 1)
+                product[:, index] += self._batch_product(batch, weights, v) / self.stage.size
+        own = [jvp(grad(penalty), (self._at,), (v,))[1] for v in columns.unbind(1)]
+        return self.stage.reader.all_reduce(product) + torch.stack(own, 1)
 
 
 class AddDiagonal(LinearOperator):
@@ -451,10 +459,36 @@ class AddDiagonal(LinearOperator):
         return self.operator.dense() + torch.diag(self.diagonal)
 
 
+def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
+    """The parameters that a block's name stands for.
+
+    Raises
+    ------
+    ValueError
+        No block is called so, or a parameter has no such number.
+    """
+    named = {
+        "joint": stage.parameters.all,
+        "embedding": stage.shared,
+        "head": stage.own,
+        "trained": stage.trained,
+    }
+    if isinstance(block, str):
+        if block not in named:
+            raise ValueError(
+                f'block must be "joint", "embedding", "head" or "trained", not {block!r}'
+            )
+        return named[block]
+    if not set(block) <= set(stage.parameters.all):
+        raise ValueError(f"block: there are parameters 0..{len(stage.names) - 1}, not {block}")
+    return tuple(sorted(set(block)))
+
+
 def proximal_hessian(stage: Stage, alpha: float) -> AddDiagonal:
     """K = [[F_WW + 2α I, F_WΘ], [F_ΘW, F_ΘΘ]], the Hessian of α‖W − W̄‖² + F(W, Θ).
 
-    The matrix of the paper's eq. 15, stacked (W, Θ); the same for every W̄.
+    The matrix of the paper's eq. 15, stacked (W, Θ); the same for every W̄. Of a stage that trains
+    some of its parameters only, their block.
 
     Parameters
     ----------
@@ -470,9 +504,4 @@ def proximal_hessian(stage: Stage, alpha: float) -> AddDiagonal:
     """
     pull = torch.zeros_like(stage.vector())
     pull[: stage.embedding_size] = 2 * alpha
-    return AddDiagonal(Hessian(stage), pull)
-
-
-def _check_block(block: str) -> None:
-    if block not in ("joint", "embedding", "head"):
-        raise ValueError(f'block must be "joint", "embedding" or "head", not {block!r}')
+    return AddDiagonal(Hessian(stage, "trained"), stage.parameters.take(pull, stage.trained))

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +27,7 @@ from torch.func import hessian, vjp, vmap
 
 from msif_lib.stage import Stage
 from msif_lib.support.data import Batch, Nested, leaves, map_leaves
-
-Block = Literal["joint", "embedding", "head"]
+from msif_lib.support.parameters import Block
 
 # Rows taken at most, since factorising r of them costs r³; fewer than the fewest would not pay.
 MOST_ROWS, FEWEST_ROWS = 1024, 16
@@ -101,9 +99,7 @@ class GaussNewtonPreconditioner:
         return columns + self.vectors @ (self.shrink[:, None] * (self.vectors.T @ columns))
 
 
-def gauss_newton_rows(
-    stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block = "joint"
-) -> Tensor | None:
+def gauss_newton_rows(stage: Stage, at: Tensor, rows: int, block: Block) -> Tensor | None:
     """The leading rows of the Gauss-Newton matrix's root, scaled to the trace of all of them.
 
     Where the data are shared out among processes, each looks at all of these examples by itself.
@@ -113,63 +109,58 @@ def gauss_newton_rows(
     stage
         The stage.
     at
-        W ``(p_W,)`` and U ``(p_U,)``, at which the matrix is taken.
+        The parameters ``(p,)``, at which the matrix is taken.
     rows
         Rows wanted, r; fewer where there are fewer modes.
     block
-        The parameters that J differentiates by: both, those of the embedding or of the head.
+        The parameters that J differentiates by, their numbers.
 
     Returns
     -------
     Tensor or None
-        R ``(r, p)`` with RᵀR ≈ (1/N) Σ J_iᵀ ℓ''_i J_i. None where there is none: the outputs of
-        the model are not one tensor, with at most 128 numbers for each example, or the loss has
-        no curvature in them, or they cannot be vectorised.
+        R ``(r, p_B)`` with RᵀR ≈ (1/N) Σ w_i J_iᵀ ℓ''_i J_i. None where there is none: the outputs
+        of the model are not one tensor, with at most 128 numbers for each example, or the loss
+        has no curvature in them, or they cannot be vectorised.
     """
-    w, h = at
     try:
-        return _rows(stage, (w, h), rows, block)
+        return _rows(stage, at.detach(), rows, block)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError):  # what vmap says, or a strange shape
         return None
 
 
-def _rows(stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block) -> Tensor | None:
+def _rows(stage: Stage, at: Tensor, rows: int, block: Block) -> Tensor | None:
     looked_at = range(0, stage.size, -(-stage.size // _EXAMPLES))
-    batches = _batches(stage, looked_at)
-    trace = torch.cat([_curvature(stage, at, batch).diagonal(0, 1, 2).sum(1) for batch in batches])
-    trace = trace.clamp_min(0)
+    trace = torch.cat(
+        [_curvature(stage, at, *some).diagonal(0, 1, 2).sum(1) for some in _read(stage, looked_at)]
+    ).clamp_min(0)
     # The examples of largest curvature, and of those the largest modes. Ties, as all examples of a
     # squared error are, are broken by chance: the data may be sorted.
     chance = torch.Generator(trace.device).manual_seed(0)
     jitter = torch.rand(trace.shape, generator=chance, dtype=trace.dtype, device=trace.device)
     leading = (trace * (1 + 1e-3 * jitter)).topk(min(rows, len(trace))).indices.sort().values
     examples = [looked_at[number] for number in leading.tolist()]
-    modes = torch.cat([_modes(stage, at, batch) for batch in _batches(stage, examples)])
+    modes = torch.cat([_modes(stage, at, *some) for some in _read(stage, examples)])
     mass = modes.pow(2).sum(2).flatten()
     chosen = mass.topk(min(rows, len(mass))).indices.sort().values
     share = float(mass[chosen].sum() / trace.sum())
     if not share > 0:  # nor where it is not a number
         return None
     modes, owners = modes.flatten(0, 1)[chosen], chosen // modes.shape[1]
+    leaf = stage.parameters.take(at, block)
 
-    w, h = (part.detach() for part in at)
-    variables = {"joint": (w, h), "embedding": (w,), "head": (h,)}[block]
-
-    def outputs(inputs: Nested, *variables: Tensor) -> Tensor:
-        of_w = w if block == "head" else variables[0]
-        of_h = h if block == "embedding" else variables[-1]
-        return stage.outputs(of_w, of_h, inputs)
+    def outputs(inputs: Nested, leaf: Tensor) -> Tensor:
+        return stage.batch_outputs(stage.parameters.parts(at, (block, leaf)), inputs)
 
     def row(mode: Tensor, inputs: Nested) -> Tensor:
-        one = map_leaves(lambda leaf: leaf[None], inputs)
-        value, pull_back = vjp(partial(outputs, one), *variables)[:2]
-        return torch.cat(pull_back(mode.view(value.shape)))
+        one = map_leaves(itemgetter(None), inputs)
+        value, pull_back = vjp(partial(outputs, one), leaf)[:2]
+        return pull_back(mode.view(value.shape))[0]
 
-    found = modes.new_empty(len(modes), sum(variable.numel() for variable in variables))
+    found = modes.new_empty(len(modes), len(leaf))
     start = 0
-    for inputs, targets in _batches(stage, examples):
+    for (inputs, targets), _ in _read(stage, examples):
         count = len(leaves(targets)[0])
         here = ((owners >= start) & (owners < start + count)).nonzero()[:, 0]
         for some in here.split(stage.gradients_at_once):
@@ -179,19 +170,17 @@ def _rows(stage: Stage, at: tuple[Tensor, Tensor], rows: int, block: Block) -> T
     return found.div_((len(looked_at) * share) ** 0.5)
 
 
-def _batches(stage: Stage, indices: Sequence[int]) -> Iterator[Batch]:
-    for inputs, targets in stage.examples.batches(stage.chunk_size, indices):
-        yield (
-            map_leaves(lambda leaf: leaf.to(stage.device), inputs),
-            map_leaves(lambda leaf: leaf.to(stage.device), targets),
-        )
+def _read(stage: Stage, indices: Sequence[int]) -> Iterator[tuple[Batch, Tensor]]:
+    """Batches of these examples, and their weights."""
+    weights = stage.weights[list(indices)].split(stage.chunk_size)
+    return zip(stage.read(stage.chunk_size, indices), weights, strict=True)
 
 
-def _curvature(stage: Stage, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-    """The Hessians ℓ'' of a batch of losses in the K outputs of each example, ``(b, K, K)``."""
+def _curvature(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+    """The Hessians w ℓ'' of a batch of losses in the K outputs of each example, ``(b, K, K)``."""
     inputs, targets = batch
     with torch.no_grad():
-        outputs = stage.outputs(*at, inputs)
+        outputs = stage.batch_outputs(stage.parameters.views(at), inputs)
     count = len(leaves(targets)[0])
     if not isinstance(outputs, Tensor) or len(outputs) != count:
         raise ValueError("the outputs are not one tensor with the examples as first dimension")
@@ -200,13 +189,13 @@ def _curvature(stage: Stage, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         raise ValueError("the outputs of an example are too many")
 
     def loss(output: Tensor, target: Nested) -> Tensor:
-        one = map_leaves(lambda leaf: leaf[None], target)
+        one = map_leaves(itemgetter(None), target)
         return stage.loss(output.view(1, *outputs.shape[1:]), one)[0]
 
-    return vmap(hessian(loss))(flat, targets).detach()
+    return vmap(hessian(loss))(flat, targets).detach() * weights[:, None, None]
 
 
-def _modes(stage: Stage, at: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-    """The u_ic of a batch, ``(b, K, K)``: ℓ''_i = Σ_c u_ic u_icᵀ for outputs of K numbers."""
-    values, vectors = torch.linalg.eigh(_curvature(stage, at, batch))
+def _modes(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+    """The u_ic of a batch, ``(b, K, K)``: w ℓ''_i = Σ_c u_ic u_icᵀ for outputs of K numbers."""
+    values, vectors = torch.linalg.eigh(_curvature(stage, at, batch, weights))
     return vectors.mT * values.clamp_min(0).sqrt()[:, :, None]

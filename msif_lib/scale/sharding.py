@@ -15,17 +15,16 @@ on machines of one kind, for what is summed is the same number on each to the la
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from msif_lib.stage import Stage
-from msif_lib.support.data import Batch
+from msif_lib.support.data import Examples
 from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.storage import stage_parts
+from msif_lib.support.reader import Reader
 
 
 def initialise() -> torch.device:
@@ -86,41 +85,45 @@ def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
     -----
     Each process shows its own bars: pass ``progress=torch.distributed.get_rank() == 0``.
     """
-    return _ShardedStage(stage, group, check=not stage.checked)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "there is no process group to share the examples among; call "
+            "msif_lib.scale.sharding.initialise() first, in a script started by torchrun"
+        )
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("this process is not in the process group given")
+    shared = stage.reading(ShardedReader(stage.examples, stage.device, group=group))
+    if not stage.checked:
+        shared.check_data()
+    shared.reader.require_same(lambda: fingerprint(shared.identity()))
+    return shared
 
 
-class _ShardedStage(Stage):
-    """A stage whose sums are sums over processes."""
+class ShardedReader(Reader):
+    """Each process of a group reads its share; sums and rows are those of all.
 
-    def __init__(self, stage: Stage, group: dist.ProcessGroup | None, check: bool) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                "there is no process group to share the examples among; call "
-                "msif_lib.scale.sharding.initialise() first, in a script started by torchrun"
-            )
-        self.__dict__.update(stage.__dict__)
+    Parameters
+    ----------
+    examples, device, indices
+        As of :class:`Reader`.
+    group
+        The processes, by default all.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        device: torch.device,
+        indices: Sequence[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(examples, device, indices)
         self.group = group
         self._rank, self._processes = dist.get_rank(group), dist.get_world_size(group)
-        if self._rank < 0:
-            raise RuntimeError("this process is not in the process group given")
-        if check:
-            self._check_data()
-        if len(set(self._all_said(fingerprint(stage_parts(self))))) > 1:
-            raise ValueError(
-                "the processes hold different stages: parameters, number of examples, first and "
-                "last example must be the same in all; seed or load them alike before shard()"
-            )
-        self.checked = True
-
-    def _all_said(self, word: str) -> list[str]:
-        """What each process says, in their order."""
-        said = [""] * self._processes
-        dist.all_gather_object(said, word, group=self.group)
-        return said
 
     def _cut(self) -> slice:
         """The part of the examples that is this process's."""
-        count = len(self._indices)
+        count = len(self.indices)
         return slice(
             count * self._rank // self._processes, count * (self._rank + 1) // self._processes
         )
@@ -128,12 +131,24 @@ class _ShardedStage(Stage):
     @property
     def share(self) -> Sequence[int]:
         """The examples that this process reads."""
-        return self._indices[self._cut()]
+        return self.indices[self._cut()]
 
     @property
     def first_process(self) -> bool:
         """Whether this process is the one that writes files."""
         return self._rank == 0
+
+    def section(self, indices: Sequence[int]) -> Reader:
+        """A reader of these examples alone, shared out in the same way."""
+        return ShardedReader(self.examples, self.device, indices, self.group)
+
+    def on(self, examples: Examples) -> Reader:
+        """A reader of other examples, shared out in the same way."""
+        return ShardedReader(examples, self.device, None, self.group)
+
+    def moved_to(self, device: torch.device) -> Reader:
+        """The same reader, batches being moved to another device."""
+        return ShardedReader(self.examples, device, self.indices, self.group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes, the same to the last bit on each."""
@@ -141,29 +156,33 @@ class _ShardedStage(Stage):
         dist.all_reduce(total, group=self.group)
         return total
 
-    def gather(self, blocks: Iterable[Tensor], *shape: int) -> Tensor:
+    def gather(self, blocks: Iterable[Tensor], like: Tensor) -> Tensor:
         """Rows of all processes' examples: each fills in its own, the others' being zero."""
-        rows = torch.zeros(len(self._indices), *shape).to(self._a_parameter)
-        own = self._cut()
-        rows[own] = super().gather(blocks, *shape)
-        return self.all_reduce(rows)
+        own = super().gather(blocks, like)
+        rows = own.new_zeros(len(self.indices), *like.shape[1:], dtype=_summable(like.dtype))
+        rows[self._cut()] = own.to(rows.dtype)
+        return self.all_reduce(rows).to(like.dtype)
 
-    def _on(self, data: Batch | Dataset | DataLoader, check: bool) -> Stage:
-        return _ShardedStage(super()._on(data, check=False), self.group, check)
+    def _all_said(self, word: str) -> list[str]:
+        """What each process says, in their order."""
+        said = [""] * self._processes
+        dist.all_gather_object(said, word, group=self.group)
+        return said
 
-    def to(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Stage:
-        """A deep copy in another dtype or on another device, shared out in the same way."""
-        return _ShardedStage(super().to(dtype, device), self.group, check=False)
-
-    def _check_data(self) -> None:
-        """Check this process's share; what one process refuses, all refuse."""
-        refusal = ""
-        try:
-            super()._check_data()
-        except Exception as error:  # whatever it is, the others must hear of it
-            refusal = str(error) or repr(error)
-        for said in self._all_said(refusal):
+    def agree_on(self, refusal: Exception | None) -> None:
+        """What one process refuses, all refuse."""
+        for said in self._all_said("" if refusal is None else str(refusal) or repr(refusal)):
             if said:
                 raise ValueError(said)
+
+    def require_same(self, digest: Callable[[], str]) -> None:
+        """The processes must hold the same stage."""
+        if len(set(self._all_said(digest()))) > 1:
+            raise ValueError(
+                "the processes hold different stages: parameters, number of examples, first and "
+                "last example must be the same in all; seed or load them alike before shard()"
+            )
+
+
+def _summable(dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if dtype == torch.bool else dtype

@@ -8,7 +8,7 @@ a kind that is needed, the error says which and what to do.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -147,43 +147,29 @@ def saved_bytes() -> Iterator[dict[int, int]]:
 
 
 class PureModule:
-    """A module as a function of its parameters, one flat vector; their names are read once.
+    """A module as a function of parameters that are given to it; their names are read once.
 
     Parameters
     ----------
     module
         The module; parameters that it is given later are not seen.
+    numbers
+        The number of each parameter among those that :meth:`__call__` is given.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> None:
         self.module = module
-        named = list(module.named_parameters())
-        self._names = [name for name, _ in named]
-        self._shapes = [parameter.shape for _, parameter in named]
-        self._sizes = [parameter.numel() for _, parameter in named]
-        self.size = sum(self._sizes)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         # Each parameter under every name it has; a submodule used twice is named once, or
         # functional_call would not put its own parameters back.
-        number = {parameter: index for index, (_, parameter) in enumerate(named)}
-        self._all_names = [
-            (f"{prefix}.{name}" if prefix else name, number[parameter])
+        self._names = [
+            (f"{prefix}.{name}" if prefix else name, numbers[parameter])
             for prefix, child in module.named_modules()
             for name, parameter in child.named_parameters(recurse=False, remove_duplicate=False)
         ]
 
-    def _parts(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector as parameters: views, so that it is differentiable and nothing copied."""
-        parts = vector.split(self._sizes) if self._sizes else ()
-        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-
-    def named(self, vector: Tensor) -> dict[str, Tensor]:
-        """A flat vector as the named parameters."""
-        return dict(zip(self._names, self._parts(vector), strict=True))
-
-    def __call__(self, vector: Tensor, inputs: Nested) -> Any:
-        """The module's output for `inputs` at parameters `vector` ``(p,)``."""
-        parts = self._parts(vector)
-        values = {name: parts[index] for name, index in self._all_names}
+    def __call__(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
+        """The module's output for `inputs` with `parts` for its parameters, by their numbers."""
+        values = {name: parts[number] for name, number in self._names}
         with differentiable_kernels(self.recurrent):
             return functional_call(self.module, values, (inputs,), tie_weights=False)

@@ -1,9 +1,10 @@
 """Long work on disk, so that what was interrupted goes on where it stopped.
 
-Beside a file of scores ``scores.npy`` stand
+In the folder of a call stand, for its stage number k,
 
-    scores.npy.solution.pt      the solved right-hand sides v and the reports of their solves
-    scores.npy.progress.json    the number of examples scored so far
+    stage-k.npy                the scores
+    stage-k.npy.solution.pt    the solved right-hand sides and the reports of their solves
+    stage-k.npy.progress.json  the number of examples scored so far
 
 each with a fingerprint of the problem that it belongs to, so that two problems are never mixed.
 """
@@ -12,76 +13,73 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.solvers import SolveReport, SolverWarning
-from msif_lib.stage import Stage
-from msif_lib.support.data import map_leaves
-from msif_lib.support.fingerprint import fingerprint, rounded
-from msif_lib.support.notices import warn_caller
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.reader import Reader
 
 #: Batches scored between two writings to disk.
 _BATCHES_A_STEP = 32
-#: Examples whose losses, and which of data on disk, a stage is known by.
-_KNOWN_BY = 16
 
 
-# --- what a problem is known by ------------------------------------------------------------------
+class Scored(Protocol):
+    """What a sweep needs of a stage."""
 
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        ...
 
-def stage_parts(stage: Stage) -> list[Any]:
-    """What a stage is known by.
+    @property
+    def chunk_size(self) -> int:
+        """Examples in a batch."""
+        ...
 
-    Parameters and buffers, modules in words, l2, number of examples; of data in memory every
-    example, of other data some, for to read all would cost as much as the work it could save; and,
-    since code has no digest that survives a session, the losses of some examples and the
-    regularizer's value, at the parameters and at a point beside them.
-    """
-    theta = stage.vector()
-    noise = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    points = [stage.split(at) for at in (theta, theta + 0.1 * noise.to(theta))]
-    values = [rounded(stage.regularization(w, h)) for w, h in points]
-    some = []
-    with torch.no_grad():
-        for example in stage.examples.batches(1, range(0, stage.size, -(-stage.size // _KNOWN_BY))):
-            some.append(fingerprint(example))
-            inputs, targets = map_leaves(lambda leaf: leaf.to(stage.device), example)
-            values += [rounded(stage.losses(w, h, inputs, targets)) for w, h in points]
-    return [
-        theta,
-        [dict(module.named_buffers()) for module in (stage.embedding, stage.head)],
-        [stage.embedding, stage.head, stage.l2],
-        stage.size,
-        stage.examples.tensors() if isinstance(stage.data, list | tuple) else some,
-        values,
-    ]
+    @property
+    def reader(self) -> Reader:
+        """Who reads which examples."""
+        ...
+
+    def section(self, indices: Sequence[int]) -> Scored:
+        """The same stage reading these examples alone."""
+        ...
+
+    def directional_derivatives(self, directions: Tensor) -> Iterator[Tensor]:
+        """∇ℓ_iᵀ v in blocks ``(b, k)``."""
+        ...
+
+    def identity(self) -> list[Any]:
+        """What the stage is known by."""
+        ...
 
 
 # --- files -------------------------------------------------------------------------------------
 
 
-def check_path(out: str | Path) -> Path:
-    """A path at which scores can be written.
+def check_folder(out: str | Path) -> Path:
+    """A folder in which scores can be kept, made if need be.
 
     Raises
     ------
     ValueError
-        It does not end in ``.npy``, or its folder does not exist.
+        It is a file, or names one; the folder that it lies in does not exist.
     """
-    path = Path(out)
-    if path.suffix != ".npy":
-        raise ValueError(f"out must be the path of a .npy file, not {path}")
-    if not path.parent.is_dir():
-        raise ValueError(f"out: the folder {path.parent} does not exist")
-    return path
+    folder = Path(out)
+    if folder.is_file() or folder.suffix == ".npy":
+        raise ValueError(
+            f"out must be a folder for the scores of all stages, not the file {folder}"
+        )
+    if not folder.parent.is_dir():
+        raise ValueError(f"out: the folder {folder.parent} does not exist")
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _beside(path: Path, ending: str) -> Path:
@@ -102,10 +100,15 @@ def _refuse(path: Path) -> None:
     )
 
 
-def solved(
-    path: Path, key: str, solve: Callable[[], tuple[Tensor, list[SolveReport]]], stage: Stage
-) -> tuple[Tensor, list[SolveReport]]:
-    """The solution kept beside `path`, or else that of `solve`, which is then kept.
+def begun(path: Path) -> bool:
+    """Whether something is kept for a file of scores."""
+    return path.exists() or _beside(path, ".solution.pt").exists()
+
+
+def kept(
+    path: Path, key: str, make: Callable[[], dict[str, Any]], reader: Reader
+) -> dict[str, Any]:
+    """The solution kept beside `path`, or else that of `make`, which is then kept.
 
     Parameters
     ----------
@@ -113,36 +116,31 @@ def solved(
         The file of scores.
     key
         Fingerprint of all that the solution depends on.
-    solve
-        Gives the directions ``(p, k)`` and the reports of the solves.
-    stage
-        The stage whose process group, where it has one, has one process that writes.
+    make
+        Gives tensors and plain values by name.
+    reader
+        Knows which process writes, of those that share the data.
 
     Raises
     ------
     ValueError
         What is kept there is the solution of another problem.
     """
-    kept = _beside(path, ".solution.pt")
-    if path.exists() and not kept.exists():
+    file = _beside(path, ".solution.pt")
+    if path.exists() and not file.exists():
         _refuse(path)
-    if kept.exists():
-        known = torch.load(kept, map_location=stage.device, weights_only=True)
-        if known["fingerprint"] != key:
-            _refuse(kept)
-        reports = [SolveReport(**report) for report in known["reports"]]
-        for report in reports:
-            if not report.converged and report.solver != "Identity":
-                warn_caller(f"{report.solver}: {report.message}", SolverWarning)
-        return known["x"], reports
-    x, reports = solve()
-    if stage.first_process:
-        known = {"fingerprint": key, "x": x, "reports": [asdict(report) for report in reports]}
-        _replace(kept, lambda new: torch.save(known, new))
-    return x, reports
+    if file.exists():
+        known: dict[str, Any] = torch.load(file, map_location=reader.device, weights_only=True)
+        if known.pop("fingerprint") != key:
+            _refuse(file)
+        return known
+    made = make()
+    if reader.first_process:
+        _replace(file, lambda new: torch.save({"fingerprint": key, **made}, new))
+    return made
 
 
-def sweep(stage: Stage, v: Tensor, path: Path | None, progress: bool) -> Tensor:
+def sweep(stage: Scored, v: Tensor, path: Path | None, progress: bool) -> Tensor:
     """∇g(z_i)ᵀ v for every example of a stage, in the data's order.
 
     Parameters
@@ -176,9 +174,9 @@ def sweep(stage: Stage, v: Tensor, path: Path | None, progress: bool) -> Tensor:
     ) as bar:
         if path is None:
             return _derivatives(stage, range(size), v, bar)
-        key = fingerprint(v, stage_parts(stage))
+        key = fingerprint(v, stage.identity())
         finished = _finished(path, key, stage)
-        if not finished and stage.first_process:
+        if not finished and stage.reader.first_process:
             _note(path, {"fingerprint": key, "finished": 0, "size": size})
             dtype = _storable(v).numpy().dtype
             np.lib.format.open_memmap(path, "w+", dtype, (size, *v.shape[1:]))
@@ -186,18 +184,20 @@ def sweep(stage: Stage, v: Tensor, path: Path | None, progress: bool) -> Tensor:
         for start in range(finished, size, step):
             stop = min(start + step, size)
             rows = _derivatives(stage, range(start, stop), v, bar)
-            if stage.first_process:
+            if stage.reader.first_process:
                 _write(path, start, _storable(rows).numpy())
                 _note(path, {"fingerprint": key, "finished": stop, "size": size})
     _wait(stage)
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _derivatives(stage: Stage, indices: range, v: Tensor, bar: Any) -> Tensor:
+def _derivatives(stage: Scored, indices: range, v: Tensor, bar: Any) -> Tensor:
     part = stage.section(indices)
     columns = v.reshape(len(v), -1)
-    blocks = _counted(part.directional_derivatives(columns), len(indices), len(part.share), bar)
-    rows = part.gather(blocks, columns.shape[1])
+    blocks = _counted(
+        part.directional_derivatives(columns), len(indices), len(part.reader.share), bar
+    )
+    rows = part.reader.gather(blocks, columns[:0])
     bad = ~rows.isfinite().all(1)
     if bad.any():
         first = indices[int(bad.nonzero()[0])]
@@ -219,7 +219,7 @@ def _storable(values: Tensor) -> Tensor:
     return (values.float() if values.dtype == torch.bfloat16 else values).cpu()
 
 
-def _finished(path: Path, key: str, stage: Stage) -> int:
+def _finished(path: Path, key: str, stage: Scored) -> int:
     """The number of examples whose values are in the file."""
     progress, finished = _beside(path, ".progress.json"), 0
     if path.exists():
@@ -245,6 +245,6 @@ def _note(path: Path, state: dict[str, Any]) -> None:
     _replace(_beside(path, ".progress.json"), lambda new: new.write_text(json.dumps(state)))
 
 
-def _wait(stage: Stage) -> None:
+def _wait(stage: Scored) -> None:
     """Until every process has come here."""
-    stage.all_reduce(torch.zeros(1, device=stage.device))
+    stage.reader.all_reduce(torch.zeros(1, device=stage.reader.device))

@@ -1,0 +1,208 @@
+"""A module and its loss as functions of one flat vector of parameters.
+
+The vector is x = (W, U): first the parameters *shared* with other stages, W, then the *own* ones,
+U or Θ, each in the module's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msif_lib.support.checks import check_modes, check_parameters
+from msif_lib.support.data import Nested
+from msif_lib.support.functional import PureModule, differentiable_kernels
+from msif_lib.support.parameters import Block, Parameters, matching
+
+Loss = Callable[[Any, Any], Tensor]
+Regularizer = Callable[[dict[str, Tensor]], Tensor]
+HandsOn = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+class EmbeddingAndHead(nn.Module):
+    """The model ``head(embedding(inputs))``."""
+
+    def __init__(self, embedding: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.head = embedding, head
+        self.training = False  # of its own; the two modules keep their modes
+
+    def forward(self, inputs: Nested) -> Any:
+        """``head(embedding(inputs))``."""
+        return self.head(self.embedding(inputs))
+
+
+class Model:
+    """A module with its per-example loss and regularizer, and which parameters are what.
+
+    Attributes
+    ----------
+    parameters
+        The parameters in the order of the vector.
+    shared, own
+        Numbers of the parameters that stand for W, and of those that stand for U or Θ.
+    trained
+        Numbers of those that training moves.
+    """
+
+    loss: Loss
+    l2: float
+    regularizer: Regularizer | None
+
+    def _set_model(
+        self,
+        model: nn.Module,
+        shared: Sequence[str],
+        trained: str | Sequence[str] | None,
+        mapping: Mapping[str, str] | None = None,
+    ) -> None:
+        """The parameters in their order: those shared first."""
+        taken = dict(model.named_parameters())
+        own = [name for name in taken if name not in set(shared)]
+        named = [(name, taken[name]) for name in (*shared, *own)]
+        check_parameters(named)
+        check_modes(model)
+        self.model, self.mapping = model, mapping
+        self.parameters = Parameters(named)
+        self.shared: Block = tuple(range(len(shared)))
+        self.own: Block = tuple(range(len(shared), len(named)))
+        self.trained: Block = (
+            tuple(number for number, (_, p) in enumerate(named) if p.requires_grad)
+            if trained is None
+            else self.block(trained, "trained")
+        )
+        self._pure = PureModule(model, self.parameters.numbers)
+        if isinstance(model, EmbeddingAndHead):
+            self._pure_embedding = PureModule(model.embedding, self.parameters.numbers)
+            self._pure_head = PureModule(model.head, self.parameters.numbers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters' names in the order of the flat vector."""
+        return self.parameters.names
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The embedding, of a stage that was made from one and a head."""
+        return self._two_modules().embedding
+
+    @property
+    def head(self) -> nn.Module:
+        """The head, of a stage that was made from an embedding and one."""
+        return self._two_modules().head
+
+    def _two_modules(self) -> EmbeddingAndHead:
+        if not isinstance(self.model, EmbeddingAndHead):
+            raise AttributeError("a stage of a single module has no embedding and head; see .model")
+        return self.model
+
+    @property
+    def embedding_size(self) -> int:
+        """Number of shared parameters, the length of W."""
+        return self.parameters.count(self.shared)
+
+    @property
+    def head_size(self) -> int:
+        """Number of the stage's own parameters, the length of U (or Θ)."""
+        return self.parameters.count(self.own)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters."""
+        return self.parameters.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.parameters.tensors[0].device
+
+    def vector(self) -> Tensor:
+        """(W, U) as one flat vector ``(p_W + p_U,)``, a copy."""
+        return self.parameters.vector()
+
+    def embedding_vector(self) -> Tensor:
+        """W as a flat vector ``(p_W,)``, a copy."""
+        return self.split(self.vector())[0]
+
+    def head_vector(self) -> Tensor:
+        """U (or Θ) as a flat vector ``(p_U,)``, a copy."""
+        return self.split(self.vector())[1]
+
+    def split(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """The W part and the U part of a joint vector ``(p_W + p_U, ...)``, as views."""
+        return vector[: self.embedding_size], vector[self.embedding_size :]
+
+    def load_vector(self, vector: Tensor) -> None:
+        """Write a joint vector ``(p_W + p_U,)`` into the modules, in place."""
+        self.parameters.load(vector)
+
+    def block(self, patterns: str | Sequence[str], argument: str = "patterns") -> Block:
+        """The numbers of the parameters whose names fit the shell patterns, ascending.
+
+        Raises
+        ------
+        ValueError
+            A pattern fits none; the message begins with `argument`.
+        """
+        chosen = set(matching(self.names, patterns, argument))
+        return tuple(number for number, name in enumerate(self.names) if name in chosen)
+
+    # --- the model as pure functions of the parameters --------------------------------------
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """A context with kernels that have second and forward-mode derivatives.
+
+        Each evaluation enters it by itself; entered once around many, it costs once.
+        """
+        return differentiable_kernels(self._pure.recurrent)
+
+    def batch_outputs(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
+        """The model's outputs for a batch, with `parts` for its parameters."""
+        return self._pure(parts, inputs)
+
+    def batch_losses(self, parts: Sequence[Tensor], inputs: Nested, targets: Nested) -> Tensor:
+        """Per-example losses ``(B,)`` of a batch, with `parts` for the model's parameters."""
+        with self.kernels():
+            return self.loss(self._pure(parts, inputs), targets)
+
+    def features(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
+        """``embedding(inputs)``, of a stage made from an embedding and a head."""
+        self._two_modules()
+        return self._pure_embedding(parts, inputs)
+
+    def feature_losses(self, parts: Sequence[Tensor], features: Any, targets: Nested) -> Tensor:
+        """Per-example losses ``(B,)``, given what :meth:`features` returned."""
+        with self.kernels():
+            return self.loss(self._pure_head(parts, features), targets)
+
+    def penalty(self, parts: Sequence[Tensor]) -> Tensor:
+        """R, a scalar, with `parts` for the parameters."""
+        value = parts[0].new_zeros(())
+        if self.l2:
+            value = value + 0.5 * self.l2 * sum(part.square().sum() for part in parts)
+        if self.regularizer is not None:
+            value = value + self.regularizer(dict(zip(self.names, parts, strict=True)))
+        return value
+
+    def outputs(self, w: Tensor, h: Tensor, inputs: Nested) -> Any:
+        """The model's outputs at shared parameters `w` ``(p_W,)`` and own ones `h` ``(p_U,)``."""
+        return self.batch_outputs(self._parts_of(w, h), inputs)
+
+    def losses(self, w: Tensor, h: Tensor, inputs: Nested, targets: Nested) -> Tensor:
+        """Per-example losses ``(B,)``, without any regularizer: g(z; W, U) of the paper."""
+        return self.batch_losses(self._parts_of(w, h), inputs, targets)
+
+    def regularization(self, w: Tensor, h: Tensor) -> Tensor:
+        """R(W, U), a scalar."""
+        return self.penalty(self._parts_of(w, h))
+
+    def _parts_of(self, w: Tensor, h: Tensor) -> list[Tensor]:
+        return [*self.parameters.views(w, self.shared), *self.parameters.views(h, self.own)]
+
+    def losses_at(self, theta: Tensor, inputs: Nested, targets: Nested) -> Tensor:
+        """Per-example losses ``(B,)`` at a joint vector ``(p_W + p_U,)``."""
+        return self.batch_losses(self.parameters.views(theta), inputs, targets)

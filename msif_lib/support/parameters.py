@@ -1,0 +1,113 @@
+"""A model's parameters as one flat vector: which entries are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+#: Numbers of parameters, ascending, in the order of the flat vector.
+Block = tuple[int, ...]
+
+
+def matching(names: Iterable[str], patterns: str | Sequence[str], argument: str) -> list[str]:
+    """The names that one of the shell patterns fits.
+
+    Raises
+    ------
+    ValueError
+        A pattern fits no name; the message begins with `argument`.
+    """
+    names = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{argument}: no parameter is called {pattern!r}; there are {names}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+
+
+class Parameters:
+    """Named parameters in the order of a flat vector.
+
+    Parameters
+    ----------
+    named
+        The parameters by name, each once.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.names = tuple(name for name, _ in named)
+        self.tensors = [parameter for _, parameter in named]
+        self.numbers = {parameter: number for number, parameter in enumerate(self.tensors)}
+        self._shapes = [parameter.shape for parameter in self.tensors]
+        self._sizes = [parameter.numel() for parameter in self.tensors]
+        self._offsets = [0, *accumulate(self._sizes)]
+        self.all: Block = tuple(range(len(named)))
+
+    @cached_property
+    def size(self) -> int:
+        """Entries of the vector, p."""
+        return self._offsets[-1]
+
+    def count(self, block: Block) -> int:
+        """Entries of a block."""
+        return sum(self._sizes[number] for number in block)
+
+    def vector(self) -> Tensor:
+        """The parameters as one flat vector ``(p,)``, a copy."""
+        return torch.cat([parameter.detach().reshape(-1) for parameter in self.tensors])
+
+    def load(self, vector: Tensor) -> None:
+        """Write a flat vector ``(p,)`` into the parameters, in place."""
+        with torch.no_grad():
+            for parameter, value in zip(self.tensors, self.views(vector), strict=True):
+                parameter.copy_(value)
+
+    def views(self, leaf: Tensor, block: Block | None = None) -> list[Tensor]:
+        """The flat vector of a block, by default of all, as parameters in their shapes."""
+        numbers = self.all if block is None else block
+        if not numbers:
+            return []
+        parts = leaf.split([self._sizes[number] for number in numbers])
+        return [part.view(self._shapes[number]) for part, number in zip(parts, numbers)]
+
+    def parts(self, vector: Tensor, *leaves: tuple[Block, Tensor]) -> list[Tensor]:
+        """Every parameter in its shape: of the blocks given from their leaves, else of `vector`."""
+        parts = self.views(vector)
+        for block, leaf in leaves:
+            for number, view in zip(block, self.views(leaf, block)):
+                parts[number] = view
+        return parts
+
+    def take(self, vector: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The entries of some parameters of ``(p, ...)``, in the order of their numbers."""
+        if tuple(numbers) == self.all:
+            return vector
+        rows = [vector[self._offsets[n] : self._offsets[n + 1]] for n in numbers]
+        return torch.cat(rows) if rows else vector[:0]
+
+    def put(self, rows: Tensor, numbers: Sequence[int]) -> Tensor:
+        """A vector ``(p, ...)`` with these entries and zeros elsewhere; what meets is added."""
+        if tuple(numbers) == self.all:
+            return rows
+        vector = rows.new_zeros(self.size, *rows.shape[1:])
+        for number, part in self._rows(rows, numbers):
+            vector[self._offsets[number] : self._offsets[number + 1]] += part
+        return vector
+
+    def replaced(self, vector: Tensor, rows: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The vector ``(p,)`` with the entries of some parameters replaced, a new tensor."""
+        vector = vector.clone()
+        for number, part in self._rows(rows, numbers):
+            vector[self._offsets[number] : self._offsets[number + 1]] = part
+        return vector
+
+    def _rows(self, rows: Tensor, numbers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        start = 0
+        for number in numbers:
+            yield number, rows[start : start + self._sizes[number]]
+            start += self._sizes[number]

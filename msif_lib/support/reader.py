@@ -1,0 +1,93 @@
+"""Who reads which examples: this process all of them, or each process its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from msif_lib.support.data import Batch, Examples, map_leaves
+
+
+class Reader:
+    """All examples, read by one process; :mod:`msif_lib.scale.sharding` has one for more.
+
+    Parameters
+    ----------
+    examples
+        The examples.
+    device
+        Where batches are moved.
+    indices
+        The examples that are read, by default all.
+    """
+
+    def __init__(
+        self, examples: Examples, device: torch.device, indices: Sequence[int] | None = None
+    ) -> None:
+        self.examples, self.device = examples, device
+        self.indices = range(len(examples)) if indices is None else indices
+
+    @property
+    def share(self) -> Sequence[int]:
+        """The examples that this process reads."""
+        return self.indices
+
+    @property
+    def first_process(self) -> bool:
+        """Whether files are written by this process, of those that share the data."""
+        return True
+
+    def section(self, indices: Sequence[int]) -> Reader:
+        """A reader of these examples alone."""
+        return Reader(self.examples, self.device, indices)
+
+    def on(self, examples: Examples) -> Reader:
+        """A reader of other examples, shared out in the same way."""
+        return Reader(examples, self.device)
+
+    def moved_to(self, device: torch.device) -> Reader:
+        """The same reader, batches being moved to another device."""
+        return Reader(self.examples, device, self.indices)
+
+    def read(self, batch_size: int, indices: Sequence[int]) -> Iterator[Batch]:
+        """Examples in the order of `indices`, in batches, on the device."""
+        for inputs, targets in self.examples.batches(batch_size, indices):
+            yield (
+                map_leaves(lambda leaf: leaf.to(self.device), inputs),
+                map_leaves(lambda leaf: leaf.to(self.device), targets),
+            )
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The examples of this process in order, in batches, on the device."""
+        return self.read(batch_size, self.share)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes that share the data; here there is but one."""
+        return tensor
+
+    def gather(self, blocks: Iterable[Tensor], like: Tensor) -> Tensor:
+        """Rows of this process's examples as those of all processes', in the data's order.
+
+        Parameters
+        ----------
+        blocks
+            Rows ``(b, ...)`` for the examples of :attr:`share`, in order.
+        like
+            An empty block ``(0, ...)``, for a process without examples.
+
+        Returns
+        -------
+        Tensor
+            ``(N, ...)``.
+        """
+        return torch.cat([like, *blocks])
+
+    def agree_on(self, refusal: Exception | None) -> None:
+        """Raise what any process refuses on every process; here there is but one."""
+        if refusal is not None:
+            raise refusal
+
+    def require_same(self, digest: Callable[[], str]) -> None:
+        """Refuse where processes that share the data hold different stages; here there is one."""
