@@ -9,11 +9,11 @@ the Hessian is looked up, and where it is negative training goes on along its ei
 
 from __future__ import annotations
 
+import pathlib
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,26 @@ import torch
 from torch import Tensor
 
 from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
+from msif_lib.descent import SGD, AdamW, Batches, Path, descend
 from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
 from msif_lib.support.data import map_leaves
 from msif_lib.support.fingerprint import fingerprint
 
-_ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Batches",
+    "Path",
+    "TrainingReport",
+    "TrainingWarning",
+    "descend",
+    "train",
+    "train_kept",
+]
 
+_ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Saddles left in one training, at most.
 _ESCAPES = 10
@@ -188,7 +200,11 @@ def train(
 
 
 def train_kept(
-    stage: Stage, tol: float = 1e-8, *, checkpoint: str | Path | None = None, **settings: Any
+    stage: Stage,
+    tol: float = 1e-8,
+    *,
+    checkpoint: str | pathlib.Path | None = None,
+    **settings: Any,
 ) -> TrainingReport:
     """Train a stage in place as :func:`train` does, or read what the same call came to before.
 
