@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.func import functional_call, grad, linearize
 
 from benchmarks.reference import Product, example_derivatives, test_gradients
 
@@ -214,6 +216,27 @@ def train(model: nn.Module, inputs: Tensor, targets: Tensor, spec: Spec) -> floa
     return float(np.linalg.norm(evaluate(found.x)[1]))
 
 
+def losses_of(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The m losses as a function of the flat parameters, and these."""
+    model = problem.model
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
+    sizes = [shape.numel() for shape in shapes]
+
+    def losses(theta: Tensor) -> Tensor:
+        parts = (part.view(shape) for part, shape in zip(theta.split(sizes), shapes))
+        outputs = functional_call(model, dict(zip(names, parts)), (problem.inputs,))
+        return F.cross_entropy(outputs, problem.targets, reduction="none")
+
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def linearised(problem: Problem) -> Callable[[Tensor], Tensor]:
+    """Products with A by the linearisation of the gradient, made once."""
+    losses, theta = losses_of(problem)
+    _, product = linearize(grad(lambda theta: losses(theta).mean()), theta)
+    return lambda v: product(v) + problem.shift * v
+
+
 def solve_exactly(problem: Problem) -> Tensor:
     """A x = b in float64: dense, or float32 solves refined on float64 residuals."""
     product, b = problem.product(), problem.b.double()
@@ -246,8 +269,6 @@ def lowest_eigenvalue(problem: Problem, seed: int) -> float:
     size = len(problem.b)
     if size <= _DENSE:
         return float(torch.linalg.eigvalsh(problem.product().dense())[0])
-    from benchmarks.libraries.plain import linearised
-
     product = linearised(problem)
 
     def apply(v: np.ndarray) -> np.ndarray:

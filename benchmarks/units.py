@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp, linearize, vmap
 
 from benchmarks.libraries.ours import stage_of
-from benchmarks.libraries.plain import losses_of
-from benchmarks.problems import Problem
+from benchmarks.problems import Problem, losses_of
 
 # Each is timed so often, in turn; the first round warms up.
 ROUNDS = 4

@@ -6,33 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call, grad, jvp, linearize
+from torch.func import jvp
 
 from benchmarks.libraries.base import Exact
-from benchmarks.problems import Problem
-
-
-def losses_of(problem: Problem) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The m losses as a function of the flat parameters, and these."""
-    model = problem.model
-    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
-    sizes = [shape.numel() for shape in shapes]
-
-    def losses(theta: Tensor) -> Tensor:
-        parts = (part.view(shape) for part, shape in zip(theta.split(sizes), shapes))
-        outputs = functional_call(model, dict(zip(names, parts)), (problem.inputs,))
-        return F.cross_entropy(outputs, problem.targets, reduction="none")
-
-    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def linearised(problem: Problem) -> Callable[[Tensor], Tensor]:
-    """Products with A by the linearisation of the gradient, made once."""
-    losses, theta = losses_of(problem)
-    _, product = linearize(grad(lambda theta: losses(theta).mean()), theta)
-    return lambda v: product(v) + problem.shift * v
+from benchmarks.problems import Problem, linearised, losses_of
 
 
 @dataclass(frozen=True)
