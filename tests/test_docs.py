@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("data", "stage", "curvature", "solvers", "influence", "retraining", "evaluation")
+MODULES = ("support.data", "stage", "curvature", "solvers", "influence", "retraining", "evaluation")
 
 
 def test_the_examples_of_the_readme_run(

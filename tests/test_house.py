@@ -24,7 +24,7 @@ LAYERS = [
     ["support"],
     ["stage"],
     ["preconditioner", "minres"],
-    ["curvature", "solvers", "training", "descent"],
+    ["curvature", "solvers", "lanczos", "training", "descent"],
     ["links"],
     ["influence"],
     ["retraining", "evaluation"],
