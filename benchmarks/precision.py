@@ -32,7 +32,7 @@ from benchmarks.command import make_parser, parse, record
 from benchmarks.measure import listening, pearson, plain_text
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian, proximal_hessian
-from msif_lib.solvers import Dense, MinRes, Solution
+from msif_lib.solvers import Dense, FailedSolve, MinRes, Solution
 from msif_lib.study.datasets import two_stages
 from msif_lib.study.models import build_model
 from msif_lib.training import train
@@ -174,6 +174,12 @@ def spearman(values: Tensor, wanted: Tensor) -> float:
     return pearson(*ranks)[0]
 
 
+def residual(matrix: Tensor, x: Tensor, b: Tensor) -> float:
+    """‖b − matrix x‖/‖b‖ of one system or a block, and 0 where b and x are zero."""
+    length = float(b.norm())
+    return float((b - matrix @ x).norm()) / length if length else float((matrix @ x).norm())
+
+
 def measure(
     case: str, setting: Setting, exact: Problem, wanted: Tensor, matrices: list[Tensor]
 ) -> dict[str, Any]:
@@ -184,11 +190,11 @@ def measure(
             problem = converted(exact, setting.change, setting.dtype)
             scores = influence(case, problem, watched).scores(problem.test)
         except Exception as error:
-            text = plain_text(f"{type(error).__name__}: {error}")
-            return {"status": "failed", "error": text}
+            status = "failed solve" if isinstance(error, FailedSolve) else "failed"
+            return {"status": status, "error": plain_text(f"{type(error).__name__}: {error}")}
     values = scores.values.double()
     residuals = [
-        float((b.double() - matrix @ x.double()).norm() / b.double().norm())
+        residual(matrix, x.double(), b.double())
         for matrix, (b, x) in zip(matrices, watched.kept, strict=True)
     ]
     return {

@@ -208,10 +208,9 @@ class Solver(ABC):
     def _failed(self, why: str, report: SolveReport | None = None) -> FailedSolve:
         said = "" if report is None or report.message == SolveReport.message else report.message
         return FailedSolve(
-            f"{type(self).__name__}: the solve of {self._system} failed: {why}. "
-            + (f"What it says: {said}. " if said else "")
-            + "Half-precision products and nearly singular systems do that: compute in float32 or "
-            "float64, or raise the damping or the weight decay",
+            f"{type(self).__name__}: the solve of {self._system} failed: {why}. Compute products "
+            "in float32 or float64, or raise the damping or the weight decay"
+            + (f" (the solver {said})" if said else ""),
             report,
         )
 
@@ -239,8 +238,9 @@ def _relative(residual: Tensor, b: Tensor) -> Tensor:
     """‖residual‖/‖b‖ a column, 0 for b = 0 and infinite where it cannot be measured."""
     residual, b = residual.to(_working(b.dtype)), b.to(_working(b.dtype))
     scales = _scales(b)
-    relative = (residual / scales).norm(dim=0) / _norms(b / scales)
-    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    lengths = (b / scales).norm(dim=0)
+    relative = (residual / scales).norm(dim=0) / lengths
+    return torch.where(lengths > 0, relative.nan_to_num(nan=torch.inf, posinf=torch.inf), 0.0)
 
 
 def _working(dtype: torch.dtype) -> torch.dtype:

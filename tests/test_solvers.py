@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
 from dataclasses import replace
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from problems import F64
 from torch import Tensor
@@ -18,6 +20,7 @@ from msif_lib.curvature import LinearOperator
 from msif_lib.solvers import (
     ConjugateGradient,
     Dense,
+    FailedSolve,
     Identity,
     MinRes,
     Solver,
@@ -25,6 +28,7 @@ from msif_lib.solvers import (
     SolverWarning,
 )
 
+pytestmark = pytest.mark.numeric
 SOLVED = "solved to the tolerance"
 
 
@@ -109,7 +113,9 @@ def test_indefinite_systems(solver, condition):
 
 
 def test_conjugate_gradient_stops_at_negative_curvature():
-    a, b = symmetric(spectrum(50, 1e3, negative=10)), right_hand_sides(50, 2)
+    a = symmetric(spectrum(50, 1e3, negative=10))
+    b = right_hand_sides(50, 2)
+    b = b + a @ b  # mostly of positive eigenvalues, so that the first step is one
     with pytest.warns(SolverWarning, match=r"ConjugateGradient: met negative curvature.*MinRes"):
         report = ConjugateGradient().solve(a, b).report
     assert report.negative_curvature
@@ -329,7 +335,11 @@ def test_no_report_says_what_is_not_so(
     }[kind]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        solution = solver.solve(a, b)
+        try:
+            solution = solver.solve(a, b)
+        except FailedSolve as failure:  # no solution, or bent down in a column's first direction
+            assert kind in ("cg", "squared") and (zeros or failure.report.negative_curvature)
+            return
     report = solution.report
     eye = torch.eye(p, dtype=dtype)
     system, rhs = (a @ a + damping * eye, a @ b) if kind == "squared" else (a + damping * eye, b)
@@ -473,12 +483,207 @@ def test_products_that_are_not_finite(solver):
 
 
 def test_methods_that_a_base_class_does_not_have():
-    with pytest.raises(TypeError, match="Solver does not define a method"):
-        Solver().solve(torch.eye(2), torch.ones(2))
+    with pytest.raises(TypeError, match="abstract class Solver"):
+        Solver()
     operator = LinearOperator()
     operator.shape, operator.dtype, operator.device = (2, 2), F64, torch.device("cpu")
     with pytest.raises(TypeError, match="LinearOperator does not define a product"):
         operator @ torch.ones(2, dtype=F64)
+
+
+# --- failed solves -------------------------------------------------------------------------------
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, F64]
+SOLVING = [solver for solver in ALL if not isinstance(solver, Identity)]
+
+
+class Product:
+    """An operator given by a function of columns."""
+
+    def __init__(self, function, p: int) -> None:
+        self.function, self.shape = function, (p, p)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.function(x).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        return self @ torch.eye(self.shape[0], dtype=F64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", SOLVING, ids=str)
+def test_a_zero_solution_of_what_is_not_zero_is_a_failed_solve(solver, dtype):
+    """A column is enough; columns that are zero are solved."""
+    b = right_hand_sides(6, 4).to(dtype)
+    b[:, [0, 2]] = 0
+    name = type(solver).__name__
+    words = (
+        rf"{name}: the solve of .* = A? ?b failed: the solution is zero where the right-hand side "
+        r"is not, in 2 of 4 columns \(the first: 1\).*float32 or float64.*damping"
+    )
+    with pytest.raises(FailedSolve, match=words) as caught:
+        quietly(solver, torch.zeros(6, 6, dtype=dtype), b)
+    assert caught.value.report.solver == name
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.report) == (str(caught.value), caught.value.report)
+    solution = quietly(solver, torch.zeros(6, 6, dtype=dtype), b[:, [0, 2]])
+    assert torch.equal(solution.x, torch.zeros(6, 2, dtype=dtype))
+    assert solution.report.residuals == (0, 0)
+
+
+def test_a_failed_solve_is_a_floating_point_error_with_what_the_solver_met():
+    down = torch.diag(torch.tensor([1.0, -1.0], dtype=F64))
+    with pytest.raises(FloatingPointError, match=r"met negative curvature.*use MinRes") as caught:
+        ConjugateGradient().solve(down, torch.tensor([0.0, 1.0], dtype=F64))
+    assert caught.value.report.negative_curvature
+    # The first direction of MINRES says nothing here: one iteration is not enough, two are.
+    b = torch.ones(2, dtype=F64)
+    with pytest.raises(FailedSolve, match="limit of 1 iterations"):
+        MinRes(max_iterations=1).solve(down, b)
+    assert torch.allclose(quietly(MinRes(), down, b).x, torch.tensor([1.0, -1.0], dtype=F64))
+
+
+def test_a_right_hand_side_in_the_null_space_has_no_solution():
+    a = torch.diag(torch.tensor([2.0, 0.0, 1.0], dtype=F64))
+    b = torch.tensor([0.0, 3.0, 0.0], dtype=F64)
+    for solver in SOLVING:
+        with pytest.raises(FailedSolve):
+            quietly(solver, a, b)
+        # Damped there is one; on A² as in eq. (16) the answer is zero all the same.
+        damped = replace(solver, damping=0.5)
+        if getattr(solver, "squared", False):
+            with pytest.raises(FailedSolve):
+                quietly(damped, a, b)
+        else:
+            assert torch.allclose(damped.solve(a, b).x, 2 * b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("solver", SOLVING, ids=str)
+def test_products_that_are_noise_are_never_solved_by_zero(solver, dtype):
+    """As of a nearly singular Hessian in half precision: no iterate is better than none."""
+    if isinstance(solver, Dense):
+        pytest.skip("Dense asks for every product once, so that noise is a matrix")
+    g = torch.Generator().manual_seed(0)
+
+    def noise(x: Tensor) -> Tensor:
+        return x + 100 * torch.randn(x.shape, generator=g)
+
+    with pytest.raises(FailedSolve, match="the solution is zero"):
+        quietly(replace(solver, max_iterations=20), Product(noise, 40), torch.ones(40, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float32, 10.0**e) for e in (-42, -38, -25, -12, 12, 25, 37)]
+    + [(F64, 10.0**e) for e in (-310, -200, -100, 100, 200, 300)],
+)
+@pytest.mark.parametrize("solver", SOLVING, ids=str)
+def test_the_squares_of_a_right_hand_side_may_leave_the_range(solver, dtype, scale):
+    """A gradient of 1e-25 has a norm of zero in float32, and a solution all the same."""
+    a, b = symmetric(spectrum(30, 10)).to(dtype), right_hand_sides(30, 3).to(dtype)
+    whole = torch.linalg.solve(a.double(), b.double())
+    b[:, 1] *= scale
+    solution = solver.solve(a, b)
+    assert solution.report.converged
+    x = solution.x.double()
+    x[:, 1] /= scale
+    error = (x - whole).norm(dim=0) / whole.norm(dim=0)
+    # Numbers next to zero have fewer digits.
+    assert error.max() <= (5e-2 if scale < torch.finfo(dtype).tiny else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("solver", SOLVING, ids=str)
+def test_half_precision_is_that_of_the_products(solver, dtype):
+    a, b = symmetric(torch.linspace(1, 2, 20, dtype=F64)).to(dtype), right_hand_sides(20, 2)
+    solution = quietly(solver, a, b.to(dtype))
+    assert solution.x.dtype == dtype
+    exact = torch.linalg.solve(a.double(), b)
+    assert (solution.x.double() - exact).norm() <= 3e-2 * exact.norm()
+    if getattr(solver, "squared", False):
+        return  # the square of what follows overflows
+    with pytest.raises(FailedSolve, match=r"zero.*in 1 of 2 columns \(the first: 1\)"):
+        # What a type cannot hold is no solution: 1e-9 is zero in float16, 1e-45 in bfloat16.
+        small = {torch.float16: (1e4, 1e-5), torch.bfloat16: (1e30, 1e-15)}[dtype]
+        b = torch.tensor([[1.0, small[1]], [1.0, small[1]]], dtype=dtype)
+        quietly(solver, small[0] * torch.eye(2, dtype=dtype), b)
+
+
+OPERATORS = {
+    "zero": lambda a: lambda x: torch.zeros_like(x),
+    "definite": lambda a: lambda x: (a @ a).to(x) @ x,
+    "indefinite": lambda a: lambda x: a.to(x) @ x,
+    "rank one": lambda a: lambda x: a[:, :1].to(x) @ (a[:1].to(x) @ x),
+    "noise": lambda a: lambda x: x + 30 * torch.sin(1e3 * (a.to(x) @ x)),
+    "rounded": lambda a: lambda x: (a @ a).to(x).mul(8).round().div(8) @ x,
+}
+
+
+@given(
+    p=st.integers(1, 9),
+    k=st.integers(1, 4),
+    zeros=st.integers(0, 3),
+    operator=st.sampled_from(sorted(OPERATORS)),
+    size=st.sampled_from([1e-45, 1e-38, 1e-25, 1e-6, 1.0, 1e6, 1e25, 1e38]),
+    scale=st.sampled_from([1e-45, 1e-38, 1e-25, 1e-6, 1.0, 1e6, 1e25, 1e38]),
+    solver=st.sampled_from(ALL),
+    damping=st.sampled_from([0.0, 1e-3]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=150)
+@example(
+    p=3, k=1, zeros=1, operator="noise", size=1.0, scale=1.0, solver=MinRes(), damping=0.0,
+    dtype=torch.bfloat16, seed=0,
+)  # fmt: skip
+def test_a_solve_ends_in_numbers_or_in_an_error(
+    p, k, zeros, operator, size, scale, solver, damping, dtype, seed
+):
+    """Whatever the operator: zero for zero and only for it, and no report holds NaN."""
+    a = symmetric(torch.linspace(-1, 1, p, dtype=F64), seed)
+    apply = OPERATORS[operator](a)
+    b = torch.cat([scale * right_hand_sides(p, k, seed), torch.zeros(p, zeros, dtype=F64)], 1)
+    b = b.to(dtype)
+    if not b.isfinite().all():
+        return
+    solver = replace(solver, damping=damping)
+    try:
+        solution = quietly(solver, Product(lambda x: size * apply(x), p), b)
+    except FloatingPointError as error:
+        words = "not finite|failed: (the solution (is zero|overflowed)|a factorisation)"
+        assert re.search(words, str(error))
+        return
+    report = solution.report
+    assert torch.equal((solution.x != 0).any(0), (b != 0).any(0))
+    assert solution.x.isfinite().all()
+    assert not np.isnan([*report.residuals, *report.history]).any()
+    assert report.residuals[k:] == (0,) * zeros
+
+
+def test_no_report_holds_what_is_not_a_number():
+    report = MinRes().solve(torch.eye(3, dtype=F64), torch.ones(3, dtype=F64)).report
+    for wrong in (
+        {"residuals": (0.5, float("nan"))},
+        {"history": (1.0, float("nan"))},
+        {"damping": float("nan")},
+    ):
+        with pytest.raises(ValueError, match=r"MinRes: a report states no .* not a number"):
+            replace(report, **wrong)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5, 12])
+def test_conjugate_gradients_cut_short_are_scipys(iterations):
+    """Their residual may be above that of zero; their error, in the norm of A, is not."""
+    a, b = symmetric(spectrum(60, 1e5)), right_hand_sides(60, 1)[:, 0]
+    solution = quietly(ConjugateGradient(max_iterations=iterations), a, b)
+    x, _ = scipy.sparse.linalg.cg(a.numpy(), b.numpy(), rtol=1e-15, maxiter=iterations)
+    np.testing.assert_allclose(solution.x.numpy(), x, rtol=1e-8, atol=1e-10)
+    exact = torch.linalg.solve(a, b)
+    error = solution.x - exact
+    assert error @ a @ error < exact @ a @ exact
+    if iterations == 5:
+        assert solution.report.residual > 1
 
 
 # --- blocks of right-hand sides ------------------------------------------------------------------
