@@ -5,6 +5,7 @@ Influence Function", NeurIPS 2020.
 """
 
 from msif_lib.influence import (
+    Chain,
     FixedEmbeddingInfluence,
     Scores,
     SingleStageInfluence,
@@ -14,6 +15,7 @@ from msif_lib.influence import (
 from msif_lib.stage import Stage, cross_entropy
 
 __all__ = [
+    "Chain",
     "FixedEmbeddingInfluence",
     "Scores",
     "SingleStageInfluence",

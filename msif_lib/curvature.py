@@ -476,7 +476,8 @@ def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
     if isinstance(block, str):
         if block not in named:
             raise ValueError(
-                f'block must be "joint", "embedding", "head" or "trained", not {block!r}'
+                f'block must be "joint", "embedding" or "head", not {block!r} (or "trained", or '
+                "numbers of parameters)"
             )
         return named[block]
     if not set(block) <= set(stage.parameters.all):

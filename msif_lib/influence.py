@@ -1,59 +1,80 @@
-"""The influence functions: single stage, case 1 (embedding fixed), case 2 (embedding updated).
+"""Influence through a chain of trainings: one walk back scores the examples of every stage.
 
-Each class answers how a test functional q, the summed loss of test examples, moves when one
-training example z_i is given a little more weight ε in the (pre)training objective:
+How does a test functional q, the summed loss of test examples under the last model, move when
+one training example z_i of some stage is given a little more weight ε in that stage's objective?
 
-    I_i = dq/dε  of  G + ε g(z_i)  at ε = 0.
+    I_i = dq/dε  of  J + ε ℓ(z_i)  at ε = 0
 
-Removing z_i is ε = −1/m, so q changes by about −I_i/m: a positive score marks an example that
-hurts the test functional. All three read
+Removing z_i is ε = −1/N, so q changes by about −I_i/N: a positive score marks an example that
+hurts the test functional. :class:`Chain` begins with λ = ∇q at the last model and takes it back
+through one link after the other (:mod:`msif_lib.links`). The three names of the paper are chains:
 
-    I_i = −∇g(z_i)ᵀ H_G⁻¹ [b; 0]
-
-and differ in b, the gradient of q with respect to the pretrained embedding, *through* whatever
-training came after it. All m scores are one directional derivative of the per-example losses.
+    SingleStageInfluence       Optimum
+    FixedEmbeddingInfluence    Optimum → Frozen           case 1, eqs. 9 to 11
+    UpdatedEmbeddingInfluence  Optimum → Proximal         case 2, eqs. 12 to 15
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian, LinearOperator, proximal_hessian
-from msif_lib.solvers import MinRes, Solver, SolveReport
-from msif_lib.stage import Stage, check_pair
+from msif_lib.descent import Keep
+from msif_lib.handover import HandOver
+from msif_lib.links import (
+    Asked,
+    Frozen,
+    Link,
+    Optimum,
+    Proximal,
+    PulledBack,
+    Unrolled,
+    check_solver,
+)
+from msif_lib.solvers import Identity, MinRes, Solver, SolveReport, SolverWarning
+from msif_lib.stage import Stage
+from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Batch
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.storage import check_path, solved, stage_parts, sweep
+from msif_lib.support.reader import Reader
+from msif_lib.support.storage import begun, check_folder, kept, rows_kept, sweep
+
+# Examples whose gradients give the size that a stage's own gradient is held against.
+_COMPARED = 32
 
 
 class StationarityWarning(UserWarning):
-    """A stage is not at a stationary point of its objective, which the formulas assume."""
+    """A stage is not at a stationary point of its objective, which its link assumes."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Influence scores of m examples.
+    """Influence scores of a stage's N examples.
 
     Attributes
     ----------
     values
-        I_i = dq/dε, ``(m,)``, or ``(m, T)`` one column a test example; in units of the test
+        I_i = dq/dε, ``(N,)``, or ``(N, T)`` one column a test example; in units of the test
         loss. Positive: the example hurts.
     training_size
-        The size m of the training set that the removal of an example is measured against.
+        The size N of the training set that the removal of an example is measured against.
     solves
-        One report an inverse-Hessian product, in the order they were done.
+        One report an inverse-Hessian product of this stage, in the order they were done.
     gradient_norms
         Norm of each stage's gradient, by stage: how near the models are to their optima.
     of_training_set
         Whether the scored examples are the training set itself, on one and the same functional.
+    weights
+        w_i of the scored examples, ``(N,)``; None: all 1.
     """
 
     values: Tensor
@@ -61,23 +82,25 @@ class Scores:
     solves: tuple[SolveReport, ...]
     gradient_norms: dict[str, float]
     of_training_set: bool = True
+    weights: Tensor | None = None
 
     @property
     def removal_effect(self) -> Tensor:
-        """−I_i/m: predicted change of q when z_i is taken out and the others keep weight 1/m."""
-        return -self.values / self.training_size
+        """−w_i I_i/N: predicted change of q when z_i is taken out and the others stay as weighted."""
+        return -self._weighted() / self.training_size
 
     @property
     def removal_effect_renormalised(self) -> Tensor:
-        """Predicted change of q when the mean is taken over the other m − 1 examples.
+        """Predicted change of q when the mean is taken over the other N − 1 examples.
 
         Differs from :attr:`removal_effect` where there is a regularizer: the centred gradient
-        ∇g_i − mean_j ∇g_j stands in place of ∇g_i.
+        ∇ℓ_i − mean_j ∇ℓ_j stands in place of ∇ℓ_i.
 
         Raises
         ------
         ValueError
-            The scores are of other examples than the training set, or it has one example only.
+            The scores are of other examples than the training set, or it has one example only;
+            the examples have weights.
         """
         return -self._centred() / self._left(1)
 
@@ -93,7 +116,7 @@ class Scores:
         indices
             The examples of the set, s of them.
         renormalise
-            False: the others keep weight 1/m. True: the mean is over the other m − s.
+            False: the others keep weight 1/N. True: the mean is over the other N − s.
 
         Returns
         -------
@@ -104,12 +127,18 @@ class Scores:
         ------
         ValueError
             The set repeats an example, names one that has no score or, where renormalised,
-            leaves none.
+            leaves none; renormalised, and the examples have weights.
         """
         chosen = self._chosen(indices)
         if not renormalise:
-            return -self.values[chosen].sum(0) / self.training_size
+            return -self._weighted()[chosen].sum(0) / self.training_size
         return -self._centred()[chosen].sum(0) / self._left(len(chosen))
+
+    def _weighted(self) -> Tensor:
+        if self.weights is None:
+            return self.values
+        weights = self.weights.to(self.values)
+        return self.values * (weights[:, None] if self.values.dim() == 2 else weights)
 
     def _chosen(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The indices of a set as a tensor; a Boolean mask is turned into indices."""
@@ -145,100 +174,173 @@ class Scores:
                 "the renormalised removal effect needs the scores of the whole training set on one "
                 "test functional; these are of other examples (of=...) or self-influences"
             )
+        if self.weights is not None:
+            raise ValueError(
+                "the renormalised removal effect is a mean over the others, and these examples "
+                "have weights; use removal_effect, or group_effect(renormalise=False)"
+            )
         return self.values - self.values.mean(0)
 
 
-def _check_solver(name: str, solver: Solver) -> None:
-    if isinstance(solver, type) or not hasattr(solver, "solve"):
-        raise TypeError(f"{name} must be a solver of msif_lib.solvers, as MinRes(), not {solver!r}")
+class Chain:
+    """Trainings one after the other, each beginning with what the one before it handed on.
 
+    Parameters
+    ----------
+    links
+        A link of :mod:`msif_lib.links` for each stage, in the order of training.
+    stationarity_tol
+        A :class:`StationarityWarning` is given for a stage of an `Optimum`, `Frozen` or `Proximal`
+        link whose gradient is longer than this share of one example's (their root mean square).
+    progress
+        Show bars for what takes more than a second.
 
-class _Influence:
-    """What the three influence functions share: checks, the last solve and the sweep."""
+    Raises
+    ------
+    ValueError
+        No links; stages whose parameters do not fit each other in name, shape, dtype or device; a
+        stage that did not begin or stay where the one before it ended; a first stage of which
+        nothing is trained that is handed on; a gradient that is not finite.
 
-    _first_stage = "training"
+    Warns
+    -----
+    StationarityWarning
+        A stage is not at a stationary point.
 
-    def __init__(self, trained: Stage, solver: Solver, stationarity_tol: float, progress: bool):
-        _check_solver("solver", solver)
-        self.solver = solver
-        self.progress = progress
-        self.gradient_norms: dict[str, float] = {}
-        self._trained = trained
-        self._tested = trained
-        self._tol = stationarity_tol
-        self._hessian: Hessian | None = None
-        self._require_stationary(self._first_stage, trained.gradient())
+    Examples
+    --------
+    >>> import torch
+    >>> from msif_lib import Chain, Stage, cross_entropy
+    >>> from msif_lib.links import Unrolled
+    >>> from msif_lib.training import SGD, descend
+    >>> data = torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    >>> first = Stage(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2), cross_entropy, data)
+    >>> path1 = descend(first, SGD(lr=0.1), epochs=2, batch_size=4, seed=0, progress=False)
+    >>> second = Stage(first.embedding, torch.nn.Linear(2, 2), cross_entropy, data)
+    >>> path2 = descend(second, SGD(lr=0.1), epochs=1, batch_size=3, seed=1, progress=False)
+    >>> chain = Chain([Unrolled(first, path1), Unrolled(second, path2)], progress=False)
+    >>> [scores.values.shape for scores in chain.scores(data)]
+    [torch.Size([6]), torch.Size([6])]
+    """
 
-    def _require_stationary(self, stage: str, gradient: Tensor) -> None:
-        norm = float(gradient.norm())
-        self.gradient_norms[stage] = norm
-        if norm > self._tol:
+    def __init__(
+        self, links: Sequence[Link], stationarity_tol: float = 1e-4, progress: bool = True
+    ) -> None:
+        self.links = tuple(links)
+        if not self.links or not all(isinstance(link, Link) for link in self.links):
+            raise ValueError(
+                "links must be links of msif_lib.links, one a stage: [Optimum(pretrain), ...]"
+            )
+        self.progress, self.gradient_norms = progress, dict[str, float]()
+        stages, names = [link.stage for link in self.links], self._arguments()
+        self._hand_overs = [
+            HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
+        ]
+        self._check_continuity(names)
+        given: list[Tensor | None] = [
+            None, *(over.value(link.vector()) for over, link in zip(self._hand_overs, self.links))
+        ]  # fmt: skip
+        for link, c, name in zip(self.links, given, self.names):
+            self._require_stationary(link, link.slope(c), name, stationarity_tol)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What messages and reports call the stages."""
+        count = len(self.links)
+        if count <= 2:
+            return ("training",) if count == 1 else ("pretraining", "finetuning")
+        return tuple(f"stage {number}" for number in range(count))
+
+    def _arguments(self) -> tuple[str, ...]:
+        """What messages about a stage's modules call it."""
+        if len(self.links) != 2:
+            return tuple(f"stage {number}" for number in range(len(self.links)))
+        return "pretrain", "tuned" if isinstance(self.links[1], Proximal) else "finetune"
+
+    # --- checks -----------------------------------------------------------------------------
+
+    def _check_continuity(self, names: Sequence[str]) -> None:
+        if self._hand_overs and not self._hand_overs[0].moves(self.links[0].block):
+            raise ValueError(
+                f"{names[0]}: nothing that it hands on to {names[1]} is trained (its parameters do "
+                "not require a gradient); say what was trained with trained="
+            )
+        for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
+            _check_start(over, *pair, *called)
+
+    def _require_stationary(
+        self, link: Link, slope: Tensor | None, name: str, tolerance: float
+    ) -> None:
+        if slope is None:
+            return
+        norm = self.gradient_norms[name] = float(slope.norm())
+        if norm == 0 or tolerance == float("inf"):
+            return
+        size = _gradient_size(link)
+        if norm > tolerance * size:
+            compared = f", {norm / size:.1e} of one example's" if size else ""
             warn_caller(
-                f"the {stage} stage is not at a stationary point: its gradient norm is "
-                f"{norm:.1e}, above {self._tol:.1e}. The formulas assume zero; train further, "
-                "or read the scores with that in mind",
+                f"the {name} stage is not at a stationary point: its gradient norm is "
+                f"{norm:.1e}{compared} (above {tolerance:.1e}), and {type(link).__name__} assumes "
+                "zero; train further, or use a link that needs no optimum: Unrolled, where the "
+                "training was recorded, or Stopped, where it was not",
                 StationarityWarning,
             )
 
-    def _solve(
-        self, solver: Solver, operator: LinearOperator, b: Tensor, reports: list[SolveReport]
-    ) -> Tensor:
-        solution = solver.solve(operator, b, progress=self.progress)
-        reports.append(solution.report)
-        return solution.x
+    # --- the walk back ----------------------------------------------------------------------
 
     def test_gradients(self, test: Batch, per_test: bool = False) -> Tensor:
-        """∇q at the tested model: ``(p, 1)`` of the summed loss, or ``(p, T)`` of each loss."""
-        stage = self._tested.with_data(test, "test data")
+        """∇q at the last model: ``(p, 1)`` of the summed loss, or ``(p, T)`` of each loss."""
+        stage, theta = self._last().with_data(test, "test data"), self.links[-1].vector()
         if per_test:
-            rows = stage.per_example_gradients()
-            gradients = stage.gather(rows, stage.embedding_size + stage.head_size).T
+            rows = stage.per_example_gradients(theta)
+            gradients = stage.reader.gather(rows, theta[None][:0]).T
         else:
-            gradients = torch.zeros_like(stage.vector())[:, None]
+            gradients = torch.zeros_like(theta)[:, None]
             for batch in stage.batches():
-                theta = stage.vector().requires_grad_()
-                loss = stage.losses(*stage.split(theta), *batch).sum()
-                gradients += torch.autograd.grad(loss, theta)[0][:, None]
-            gradients = stage.all_reduce(gradients)
+                at = theta.clone().requires_grad_()
+                with torch.enable_grad():
+                    loss = stage.losses_at(at, *batch).sum()
+                gradients += torch.autograd.grad(loss, at)[0][:, None]
+            gradients = stage.reader.all_reduce(gradients)
         if not gradients.isfinite().all():
             try:
-                stage.gradient()  # names the example at fault
+                stage.gradient(theta)  # names the example at fault
             except ValueError as error:
                 raise ValueError(f"test data: {error}") from error
         return gradients
 
-    def _sensitivity(self, gradients: Tensor, reports: list[SolveReport]) -> Tensor:
-        """Dq/d(trained parameters) ``(p, k)``, through whatever training came after."""
-        return gradients
+    def _last(self) -> Stage:
+        return self.links[-1].stage
 
-    def _directions(self, test: Batch, per_test: bool) -> tuple[Tensor, list[SolveReport]]:
-        """v = H⁻¹ dq/d(trained parameters) ``(p, k)``, and the reports of all solves."""
-        reports: list[SolveReport] = []
-        b = self._sensitivity(self.test_gradients(test, per_test), reports)
-        if self._hessian is None:
-            self._hessian = Hessian(self._trained)
-        return self._solve(self.solver, self._hessian, b, reports), reports
+    def sensitivity(self, cotangent: Tensor, stage: int = 0) -> Tensor:
+        """dq/dc ``(p_W, k)``: how q moves with what a stage hands on, through what came after.
 
-    def _key(self, test: Batch, per_test: bool) -> str:
-        """Fingerprint of all that the directions depend on."""
-        tested = self._tested.with_data(test, "test data")
-        settings = ("solver", "finetune_solver", "alpha")
-        return fingerprint(
-            type(self).__name__,
-            [getattr(self, name, None) for name in settings],
-            [stage_parts(stage) for stage in (self._trained, self._tested)],
-            per_test,
-            list(tested.examples.batches(1)),
-        )
+        Parameters
+        ----------
+        cotangent
+            ∇q at the last model ``(p, k)``, as :meth:`test_gradients` gives it.
+        stage
+            The number of the stage that hands on.
+        """
+        for number in range(len(self.links) - 1, stage, -1):
+            pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
+            if number - 1 == stage:
+                return pulled.handed
+            cotangent = self._handed_to(number - 1, pulled.handed)
+        raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
+
+    def _handed_to(self, number: int, handed: Tensor) -> Tensor:
+        return self._hand_overs[number].pull_back(handed, self.links[number].vector())
 
     def scores(
         self,
         test: Batch,
         per_test: bool = False,
-        of: Batch | None = None,
+        of: Batch | Mapping[int, Any] | None = None,
         out: str | Path | None = None,
-    ) -> Scores:
-        """Influence of every training example on the test functional.
+    ) -> list[Scores]:
+        """Influence of every training example of every stage on the test functional.
 
         Parameters
         ----------
@@ -247,87 +349,126 @@ class _Influence:
         per_test
             False: q is the loss summed over the test examples. True: one q a test example.
         of
-            Score these examples of the first stage's task, which need not be in its training
-            set, in place of the training set.
+            By the number of a stage: examples of its task to score in place of its training set,
+            which need not hold them. One pair is for the first stage.
         out
-            A ``.npy`` file to which the scores are written as they come, for data larger than
-            memory; ``values`` is then read from it when looked at. What is solved and scored
-            is kept, so that the same call goes on where an interrupted one stopped.
+            A folder in which scores are written as they come, for data larger than memory;
+            ``values`` are then read from there when looked at. What is solved and scored is kept,
+            so that the same call goes on where an interrupted one stopped.
 
         Returns
         -------
-        Scores
-            ``values`` of shape ``(m,)``, or ``(m, T)`` where `per_test`.
+        list of Scores
+            One a stage, in the order of training: ``values`` of shape ``(N,)``, or ``(N, T)``
+            where `per_test`.
 
         Raises
         ------
         ValueError
-            Test data or `of` that a :class:`Stage` would refuse; an `out` that is no ``.npy``
-            file in an existing folder, or holds the scores of another problem.
+            Test data or `of` that a :class:`Stage` would refuse; an `out` that is no folder, or
+            holds the scores of another problem.
         FloatingPointError
-            A product or a score is not finite.
+            A product or a score is not finite, or a solve found nothing.
 
         Warns
         -----
         SolverWarning
             A solve stopped short of its tolerance or met negative curvature.
         """
-        path = None if out is None else check_path(out)
-        begun = path is not None and path.exists()
-        scored = self._trained if of is None else self._trained.with_data(of, "of", not begun)
-        if path is None:
-            v, reports = self._directions(test, per_test)
-        else:
-            v, reports = solved(
-                path, self._key(test, per_test), lambda: self._directions(test, per_test), scored
+        call = self._call(test, per_test, of, out)
+        return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
+
+    def pull_back(self, cotangent: Tensor) -> list[Scores]:
+        """The same for functionals of the last model that are given by their gradients.
+
+        Parameters
+        ----------
+        cotangent
+            dq/dx at the last model, columns ``(p, k)``.
+
+        Returns
+        -------
+        list of Scores
+            ``values`` of shape ``(N, k)`` each.
+        """
+        call = _Call(lambda: cotangent, True, {}, None)
+        return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
+
+    def _call(
+        self,
+        test: Batch,
+        per_test: bool,
+        of: Batch | Mapping[int, Any] | None,
+        out: str | Path | None,
+    ) -> _Call:
+        """What :meth:`scores` was asked for, checked."""
+        folder = None if out is None else check_folder(out)
+        chosen = {} if of is None else dict(of) if isinstance(of, Mapping) else {0: of}
+        if not set(chosen) <= set(range(len(self.links))):
+            raise ValueError(
+                f"of= names stages by their numbers, 0..{len(self.links) - 1}, not {sorted(chosen)}"
             )
+        scored = {
+            number: self.links[number].stage.with_data(
+                data, "of", folder is None or not begun(_file(folder, number))
+            )
+            for number, data in chosen.items()
+        }
+        kept = None if folder is None else _Kept(folder, self._keys(test, per_test, scored))
+        return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
+
+    def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
+        """λ = dq/dx from link to link, and what each gives; the last first."""
+        cotangent = call.gradients
+        for number in range(len(self.links) - 1, -1, -1):
+            link, kept = self.links[number], call.kept
+            walk = None if kept is None else kept.walk(number)
+            asked = Asked(number > 0, call.scored.get(number), self.progress, walk)
+            pulled = (
+                link.pull_back(cotangent(), asked)
+                if kept is None
+                else kept.pulled(number, link.stage.reader, partial(_late, link, cotangent, asked))
+            )
+            yield number, pulled
+            if number:
+                cotangent = partial(self._handed_to, number - 1, pulled.handed)
+
+    def _scores(self, call: _Call, number: int, pulled: PulledBack) -> Scores:
+        """−∇ℓ_iᵀ u of the examples of a stage, or the scores that its link gave."""
+        path = None if call.kept is None else _file(call.kept.folder, number)
+        stage, own = self.links[number].stage, number not in call.scored
+        if pulled.direction is not None:
+            scored = stage if own else call.scored[number]
+            values = sweep(scored, pulled.direction, path, self.progress)
+        else:
+            assert pulled.scores is not None
+            values = rows_kept(pulled.scores, path, stage.reader)
         return Scores(
-            sweep(scored, -v if per_test else -v[:, 0], path, self.progress),
-            self._trained.size,
-            tuple(reports),
+            values if call.per_test else values[:, 0],
+            stage.size,
+            pulled.reports,
             dict(self.gradient_norms),
-            of is None,
+            own,
+            stage.weights if stage.weighted and own else None,
         )
 
+    def _keys(self, test: Batch, per_test: bool, scored: Mapping[int, Stage]) -> list[str]:
+        """Of each link, all that its answer depends on: itself and what came after it."""
+        tested = self._last().with_data(test, "test data", check=False)
+        after = fingerprint(per_test, list(tested.examples.batches(1)))
+        keys: list[str] = []
+        for number in range(len(self.links) - 1, -1, -1):
+            link, of = self.links[number], scored.get(number)
+            after = fingerprint(after, link.settings(), link.stage.identity())
+            # The scores of other examples than its own are part of an Unrolled link's answer.
+            unrolled = isinstance(link, Unrolled) and of is not None
+            keys.append(fingerprint(after, of.identity() if unrolled and of else None))
+        return keys[::-1]
 
-class SingleStageInfluence(_Influence):
-    """Influence of training examples on the model they trained (Koh & Liang 2017).
-
-        I_i = −∇qᵀ H⁻¹ ∇g(z_i)
-
-    Parameters
-    ----------
-    stage
-        The trained stage.
-    solver
-        For H⁻¹.
-    stationarity_tol
-        Gradient norm above which a :class:`StationarityWarning` is given.
-    progress
-        Show bars for what takes more than a second.
-
-    Raises
-    ------
-    ValueError
-        A gradient is not finite.
-
-    Warns
-    -----
-    StationarityWarning
-        The stage is not at a stationary point.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        solver: Solver = MinRes(),  # noqa: B008 (frozen dataclass)
-        stationarity_tol: float = 1e-4,
-        progress: bool = True,
-    ) -> None:
-        super().__init__(stage, solver, stationarity_tol, progress)
+    # --- one stage only ---------------------------------------------------------------------
 
     def self_influence(self, indices: Sequence[int] | None = None, at_once: int = 64) -> Scores:
-        """Influence of each training example on its own loss, −∇g_iᵀ H⁻¹ ∇g_i.
+        """Influence of each training example on its own loss, −∇ℓ_iᵀ H⁻¹ ∇ℓ_i; of one stage.
 
         Never positive where H is positive definite; large in size for examples that the model
         fits only because it saw them, such as wrong labels.
@@ -343,78 +484,214 @@ class SingleStageInfluence(_Influence):
         -------
         Scores
             ``values`` ``(len(indices),)``, in the order of `indices`.
+
+        Raises
+        ------
+        ValueError
+            The chain has more than one link.
         """
-        stage = self._trained
+        if len(self.links) > 1:
+            raise ValueError("self-influence is of one training: make a Chain of that link alone")
+        (link,), stage = self.links, self._last()
         wanted = torch.arange(stage.size)
         if indices is not None:
             chosen = torch.as_tensor(indices).cpu()
             wanted = wanted[chosen if chosen.numel() else chosen.long()]
-        if self._hessian is None:
-            self._hessian = Hessian(stage)
         values = torch.zeros(len(wanted), dtype=stage.dtype, device=stage.device)
         reports: list[SolveReport] = []
+        theta, name = link.vector(), "self-influence"
+        if isinstance(link, Unrolled):
+            walks = -(-len(wanted) // at_once)
+            name += f", {walks} walks back through {len(link.path)} steps"
         bar = tqdm(
-            range(0, len(wanted), at_once), desc="self-influence", unit=" blocks",
-            disable=not self.progress, delay=1, leave=False,
+            range(0, len(wanted), at_once), desc=name, unit=" blocks",
+            disable=not self.progress, delay=0 if isinstance(link, Unrolled) else 1, leave=False,
         )  # fmt: skip
         for start in bar:
-            some = stage.section(wanted[start : start + at_once].tolist())
-            gradients = some.gather(some.per_example_gradients(), self._hessian.shape[0]).T
-            v = self._solve(self.solver, self._hessian, gradients, reports)
-            values[start : start + at_once] = -(gradients * v).sum(0)
-        return Scores(
-            values,
-            stage.size,
-            tuple(reports),
-            dict(self.gradient_norms),
-            False,
+            some = wanted[start : start + at_once]
+            part = stage.section(some.tolist())
+            gradients = part.reader.gather(part.per_example_gradients(theta), theta[None][:0]).T
+            pulled = link.pull_back(gradients, Asked(False, progress=self.progress))
+            reports += pulled.reports
+            own = (
+                (gradients * pulled.direction).sum(0)
+                if pulled.direction is not None
+                else pulled.scores[some, torch.arange(len(some))]  # type: ignore[index]
+            )
+            values[start : start + at_once] = own
+        return Scores(values, stage.size, tuple(reports), dict(self.gradient_norms), False)
+
+
+def _check_start(over: HandOver, before: Link, link: Link, first: str, second: str) -> None:
+    """A stage must have begun, or stayed, where the one before it ended."""
+    given, stage = over.value(before.vector()), link.stage
+    theirs = set(before.stage.parameters.tensors)
+    moved = [n for n in stage.shared if n in link.block]
+    same = [stage.names[n] for n in moved if stage.parameters.tensors[n] in theirs]
+    if same and before.reads_modules:
+        raise ValueError(
+            f"{type(link).__name__} needs the embedding before and after finetuning, but both "
+            f"stages hold the same module ({same[0]}); give {second} a copy (copy.deepcopy) made "
+            "before finetuning"
+        )
+    start = link.begins_at()
+    if start is not None:
+        if not torch.equal(stage.split(start)[0], given):
+            raise ValueError(
+                f"the path of {second} does not start at the parameters with which {first} ended; "
+                "finetune from there, or give the stage and path that it did start from"
+            )
+        return
+    kept = stage.parameters.take(torch.cat([given, stage.head_vector()]), link.kept)
+    if not torch.equal(kept, stage.parameters.take(link.vector(), link.kept)):
+        raise ValueError(
+            f"case 1 keeps the embedding fixed, but the parameters of {second}.embedding "
+            f"differ from those of {first}.embedding; for an embedding that was updated use "
+            "UpdatedEmbeddingInfluence"
+            if isinstance(link, Frozen)
+            else f"{second} does not train {[stage.names[n] for n in link.kept]}, but they differ "
+            f"from those with which {first} ended; say what was trained with trained="
+        )
+    if isinstance(link, Frozen) and not over.same_buffers():
+        raise ValueError(
+            f"case 1 keeps the embedding fixed, but the buffers of {second}.embedding (running "
+            f"statistics, say) differ from those of {first}.embedding"
         )
 
 
-class _MultiStageInfluence(_Influence):
-    """Checks on a pair of stages, and the padding with zeros on the pretraining head."""
+def _gradient_size(link: Link) -> float:
+    """Root mean square of the norms of some examples' gradients over what is trained."""
+    stage = link.stage
+    part = stage.section(range(0, stage.size, -(-stage.size // _COMPARED)))
+    blocks = (
+        stage.parameters.take(rows.T, link.block).square().sum(0)
+        for rows in part.per_example_gradients()
+    )
+    return float(part.reader.gather(blocks, stage.vector()[:0]).mean().sqrt())
 
-    _first_stage = "pretraining"
 
-    def __init__(
+@dataclass(frozen=True)
+class _Call:
+    """What is asked of a chain: ∇q, whether by test, other examples by stage, and what is kept."""
+
+    gradients: Callable[[], Tensor]
+    per_test: bool
+    scored: Mapping[int, Stage]
+    kept: _Kept | None
+
+
+def _late(link: Link, cotangent: Callable[[], Tensor], asked: Asked) -> PulledBack:
+    return link.pull_back(cotangent(), asked)
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"stage-{number}.npy"
+
+
+class _Kept:
+    """What the links gave, in a folder, each under its key."""
+
+    def __init__(self, folder: Path, keys: Sequence[str]) -> None:
+        self.folder, self._keys = folder, keys
+
+    def walk(self, number: int) -> Keep:
+        """Where the walk back through a stage is kept after each part of it."""
+        return _Walk(Checkpoint(self.folder), f"stage-{number}.npy.walk-{self._keys[number][:16]}")
+
+    def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
+        """What a link gave, or gives now."""
+
+        def plain() -> dict[str, Any]:
+            pulled = make()
+            reports = [asdict(report) for report in pulled.reports]
+            return {
+                "handed": pulled.handed, "direction": pulled.direction, "scores": pulled.scores,
+                "reports": reports,
+            }  # fmt: skip
+
+        path = _file(self.folder, number)
+        solved = begun(path)
+        known = kept(path, self._keys[number], plain, reader)
+        reports = tuple(SolveReport(**report) for report in known.pop("reports"))
+        for report in reports:
+            if solved and not report.converged and report.solver != Identity.__name__:
+                warn_caller(f"{report.solver}: {report.message}", SolverWarning)
+        return PulledBack(**known, reports=reports)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    checkpoint: Checkpoint
+    name: str
+
+    def get(self) -> dict[str, Tensor] | None:
+        return self.checkpoint.get(self.name)
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        self.checkpoint.put(self.name, tensors)
+
+
+class _OfFirst(Chain):
+    """A chain that is asked for the scores of its first stage."""
+
+    def scores(  # type: ignore[override]
         self,
-        pretrain: Stage,
-        second: Stage,
-        name: str,
-        solver: Solver,
-        finetune_solver: Solver | None,
-        stationarity_tol: float,
-        progress: bool,
-    ) -> None:
-        check_pair(pretrain, second, name)
-        _check_solver("solver", solver)
-        _check_solver("finetune_solver", finetune_solver or solver)
-        super().__init__(pretrain, solver, stationarity_tol, progress)
-        self.pretrain = pretrain
-        self.finetune_solver = finetune_solver or solver
-        self._tested = second
-
-    def embedding_sensitivity(
-        self, gradients: Tensor, reports: list[SolveReport] | None = None
-    ) -> Tensor:
-        """b = dq/dW̄ ``(p_W, k)``: how q moves with the *pretrained* embedding.
+        test: Batch,
+        per_test: bool = False,
+        of: Batch | None = None,
+        out: str | Path | None = None,
+    ) -> Scores:
+        """Influence of every example of the first stage, with the reports of all solves.
 
         Parameters
         ----------
-        gradients
-            ∇q at the finetuned model, ``(p_W + p_Θ, k)``, as :meth:`test_gradients` gives them.
-        reports
-            A list to which the reports of the solves are added.
+        test, per_test, of, out
+            As of :meth:`Chain.scores`.
+
+        Returns
+        -------
+        Scores
+            ``values`` of shape ``(m,)``, or ``(m, T)`` where `per_test`.
+
+        Raises
+        ------
+        ValueError
+            As of :meth:`Chain.scores`.
+        FloatingPointError
+            As of :meth:`Chain.scores`.
         """
-        raise TypeError(f"{type(self).__name__} does not define a sensitivity")
-
-    def _sensitivity(self, gradients: Tensor, reports: list[SolveReport]) -> Tensor:
-        b = self.embedding_sensitivity(gradients, reports)
-        padding = b.new_zeros(self.pretrain.head_size, b.shape[1])
-        return torch.cat([b, padding])
+        call = self._call(test, per_test, of, out)
+        pulled = dict(self._back(call))
+        solves = tuple(report for one in pulled.values() for report in one.reports)
+        return replace(self._scores(call, 0, pulled[0]), solves=solves)
 
 
-class FixedEmbeddingInfluence(_MultiStageInfluence):
+class SingleStageInfluence(_OfFirst):
+    """Influence of training examples on the model they trained (Koh & Liang 2017).
+
+        I_i = −∇qᵀ H⁻¹ ∇g(z_i)
+
+    Parameters
+    ----------
+    stage
+        The trained stage.
+    solver
+        For H⁻¹.
+    stationarity_tol, progress
+        As of :class:`Chain`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        solver: Solver = MinRes(),  # noqa: B008 (frozen dataclass)
+        stationarity_tol: float = 1e-4,
+        progress: bool = True,
+    ) -> None:
+        super().__init__([Optimum(stage, solver)], stationarity_tol, progress)
+
+
+class FixedEmbeddingInfluence(_OfFirst):
     """Case 1: the embedding stays as pretrained, the finetuning trains its head alone.
 
         I_i = −( f_W − F_WΘ F_ΘΘ⁻¹ f_Θ )ᵀ [ H_G⁻¹ ∇g(z_i) ]_W        (the paper's eqs. 9 to 11)
@@ -429,22 +706,14 @@ class FixedEmbeddingInfluence(_MultiStageInfluence):
         For H_G⁻¹, and for F_ΘΘ⁻¹ unless `finetune_solver` is given.
     finetune_solver
         For F_ΘΘ⁻¹.
-    stationarity_tol
-        Gradient norm above which a :class:`StationarityWarning` is given.
-    progress
-        Show bars for what takes more than a second.
+    stationarity_tol, progress
+        As of :class:`Chain`.
 
     Raises
     ------
     ValueError
         Embeddings whose parameters differ in name, shape or value, or whose buffers differ;
-        stages of different dtype or device; an embedding or a finetuning head without
-        parameters; a gradient that is not finite.
-
-    Warns
-    -----
-    StationarityWarning
-        A stage is not at a stationary point.
+        and as of :class:`Chain`.
     """
 
     def __init__(
@@ -456,42 +725,12 @@ class FixedEmbeddingInfluence(_MultiStageInfluence):
         stationarity_tol: float = 1e-4,
         progress: bool = True,
     ) -> None:
-        super().__init__(
-            pretrain, finetune, "finetune", solver, finetune_solver, stationarity_tol, progress
-        )
-        buffers = [dict(stage.embedding.named_buffers()) for stage in (pretrain, finetune)]
-        if list(buffers[0]) != list(buffers[1]) or not all(
-            torch.equal(value, buffers[1][name]) for name, value in buffers[0].items()
-        ):
-            raise ValueError(
-                "case 1 keeps the embedding fixed, but the buffers of finetune.embedding (running "
-                "statistics, say) differ from those of pretrain.embedding"
-            )
-        if not torch.equal(pretrain.embedding_vector(), finetune.embedding_vector()):
-            raise ValueError(
-                "case 1 keeps the embedding fixed, but the parameters of finetune.embedding "
-                "differ from those of pretrain.embedding; for an embedding that was updated use "
-                "UpdatedEmbeddingInfluence"
-            )
-        self.finetune = finetune
-        self._require_stationary("finetuning", finetune.split(finetune.gradient())[1])
-        self._head_hessian: Hessian | None = None
-        self._cross_hessian: CrossHessian | None = None
-
-    def embedding_sensitivity(
-        self, gradients: Tensor, reports: list[SolveReport] | None = None
-    ) -> Tensor:
-        """b = f_W − F_WΘ F_ΘΘ⁻¹ f_Θ, the gradient of q along W with Θ following its optimum."""
-        if self._head_hessian is None or self._cross_hessian is None:
-            self._head_hessian = Hessian(self.finetune, block="head")
-            self._cross_hessian = CrossHessian(self.finetune)
-        f_w, f_theta = self.finetune.split(gradients)
-        reports = reports if reports is not None else []
-        v = self._solve(self.finetune_solver, self._head_hessian, f_theta, reports)
-        return f_w - self._cross_hessian @ v
+        second = check_solver("finetune_solver", finetune_solver or solver)
+        links = [Optimum(pretrain, solver), Frozen(finetune, second)]
+        super().__init__(links, stationarity_tol, progress)
 
 
-class UpdatedEmbeddingInfluence(_MultiStageInfluence):
+class UpdatedEmbeddingInfluence(_OfFirst):
     """Case 2: finetuning moves the embedding too.
 
     From W̄ it goes to the W* that minimises
@@ -513,22 +752,13 @@ class UpdatedEmbeddingInfluence(_MultiStageInfluence):
         For H_G⁻¹, and for K⁻¹ unless `finetune_solver` is given.
     finetune_solver
         For K⁻¹.
-    stationarity_tol
-        Gradient norm above which a :class:`StationarityWarning` is given.
-    progress
-        Show bars for what takes more than a second.
+    stationarity_tol, progress
+        As of :class:`Chain`.
 
     Raises
     ------
     ValueError
-        α ≤ 0 or infinite; the same embedding module in both stages; embeddings whose parameters
-        differ in name or shape; stages of different dtype or device; an embedding or a
-        finetuning head without parameters; a gradient that is not finite.
-
-    Warns
-    -----
-    StationarityWarning
-        A stage is not at a stationary point of its objective (the proximal one for `tuned`).
+        α ≤ 0 or infinite; the same embedding module in both stages; and as of :class:`Chain`.
     """
 
     def __init__(
@@ -541,33 +771,6 @@ class UpdatedEmbeddingInfluence(_MultiStageInfluence):
         stationarity_tol: float = 1e-4,
         progress: bool = True,
     ) -> None:
-        if not 0 < alpha < float("inf"):
-            raise ValueError(
-                f"alpha must be positive, not {alpha}: at 0 the finetuned model no "
-                "longer depends on the pretrained embedding in this formulation"
-            )
-        if pretrain.embedding is tuned.embedding:
-            raise ValueError(
-                "case 2 needs the embedding before and after finetuning, but both stages hold "
-                "the same module; give tuned a copy (copy.deepcopy) made before finetuning"
-            )
-        super().__init__(
-            pretrain, tuned, "tuned", solver, finetune_solver, stationarity_tol, progress
-        )
-        self.tuned = tuned
-        self.alpha = alpha
-        gradient = tuned.gradient()
-        gradient_w, gradient_theta = tuned.split(gradient)
-        pull = 2 * alpha * (tuned.embedding_vector() - pretrain.embedding_vector())
-        self._require_stationary("finetuning", torch.cat([gradient_w + pull, gradient_theta]))
-        self._proximal_hessian: AddDiagonal | None = None
-
-    def embedding_sensitivity(
-        self, gradients: Tensor, reports: list[SolveReport] | None = None
-    ) -> Tensor:
-        """b = 2α [K⁻¹ ∇q]_W, the gradient of q along W̄ with (W*, Θ*) following their optimum."""
-        if self._proximal_hessian is None:
-            self._proximal_hessian = proximal_hessian(self.tuned, self.alpha)
-        reports = reports if reports is not None else []
-        v = self._solve(self.finetune_solver, self._proximal_hessian, gradients, reports)
-        return 2 * self.alpha * self.tuned.split(v)[0]
+        second = check_solver("finetune_solver", finetune_solver or solver)
+        links = [Optimum(pretrain, solver), Proximal(tuned, alpha, second)]
+        super().__init__(links, stationarity_tol, progress)

@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msif_lib.stage import Stage
-from msif_lib.support.fingerprint import fingerprint, rounded
-
 
 class Checkpoint:
     """Tensors by name in the files of a folder, each file written whole or not at all.
@@ -61,31 +58,3 @@ class Checkpoint:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-
-def stage_fingerprint(stage: Stage) -> str:
-    """Digest of a stage: its data and parameters, and what its model and regularizer return.
-
-    Code has no digest that survives a new session, so modules, loss and regularizer are known
-    by their values, to six digits: at the parameters and at a point beside them, of all examples.
-
-    Parameters
-    ----------
-    stage
-        A stage with its data in memory.
-
-    Returns
-    -------
-    str
-        SHA-256 in hexadecimal.
-    """
-    theta = stage.vector()
-    noise = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values = []
-    with torch.no_grad():
-        for at in (theta, theta + 0.1 * noise.to(theta)):
-            w, h = stage.split(at)
-            losses = torch.cat([stage.losses(w, h, *batch) for batch in stage.batches()])
-            values += [rounded(losses), rounded(stage.regularization(w, h))]
-    settings = str(stage.device), stage.embedding_size, stage.chunk_size, stage.l2
-    return fingerprint(settings, theta, stage.examples.tensors(), values)

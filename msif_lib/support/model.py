@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -94,6 +95,26 @@ class Model:
     def head(self) -> nn.Module:
         """The head, of a stage that was made from an embedding and one."""
         return self._two_modules().head
+
+    @property
+    def composed(self) -> bool:
+        """Whether the model was made from an embedding and a head."""
+        return isinstance(self.model, EmbeddingAndHead)
+
+    def origin(self, number: int) -> str:
+        """The name that a shared parameter has in the stage before."""
+        name = self.names[number]
+        for ours, theirs in (self.mapping or {}).items():
+            if fnmatchcase(name, ours):
+                return theirs[:-1] + name[len(ours) - 1 :] if ours.endswith("*") else theirs
+        return name
+
+    def is_shared(self, buffer: str) -> bool:
+        """Whether a buffer belongs to the embedding, or to a module with a shared parameter."""
+        if self.composed:
+            return buffer.startswith("embedding.")
+        modules = {self.names[number].rpartition(".")[0] for number in self.shared}
+        return buffer.rpartition(".")[0] in modules
 
     def _two_modules(self) -> EmbeddingAndHead:
         if not isinstance(self.model, EmbeddingAndHead):

@@ -191,6 +191,21 @@ def sweep(stage: Scored, v: Tensor, path: Path | None, progress: bool) -> Tensor
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
+def rows_kept(rows: Tensor, path: Path | None, reader: Reader) -> Tensor:
+    """Rows as they are or, where there is a `path`, written to it and read when looked at."""
+    if path is None:
+        return rows
+    if reader.first_process:
+        _replace(path, lambda new: _save(new, _storable(rows).numpy()))
+    reader.all_reduce(torch.zeros(1, device=reader.device))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _save(path: Path, values: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.save would add an ending to a name
+        np.save(file, values)
+
+
 def _derivatives(stage: Scored, indices: range, v: Tensor, bar: Any) -> Tensor:
     part = stage.section(indices)
     columns = v.reshape(len(v), -1)

@@ -1,0 +1,110 @@
+"""What a stage takes from the one before it, by name, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from msif_lib.stage import Stage
+from msif_lib.support.parameters import Block
+
+
+class HandOver:
+    """What a stage takes from the one before it, by name.
+
+    Parameters
+    ----------
+    before, after
+        The two stages.
+    names
+        What messages call them.
+
+    Raises
+    ------
+    ValueError
+        A shared parameter that the stage before does not have, or has in another shape;
+        nothing shared at all; stages of different dtype or device; nothing handed on is trained.
+    """
+
+    def __init__(self, before: Stage, after: Stage, names: tuple[str, str]) -> None:
+        self.before, self.after, self._called = before, after, names
+        if before.dtype != after.dtype:
+            raise ValueError(
+                f"mixed dtypes: {names[0]} is {before.dtype}, {names[1]} {after.dtype}; convert "
+                "one with Stage.to(dtype)"
+            )
+        if before.device != after.device:
+            raise ValueError(
+                f"mixed devices: {names[0]} is on {before.device}, {names[1]} on {after.device}; "
+                "move one with Stage.to(device=...)"
+            )
+        if not after.shared:
+            raise ValueError(
+                "the embeddings have no parameters, so nothing connects the two stages"
+            )
+        given = self._given(before.vector())
+        self._wanted = [after.origin(number) for number in after.shared]
+        self._compare(given)
+        self._numbers = (
+            () if before.hands_on else tuple(before.names.index(name) for name in self._wanted)
+        )
+
+    def _given(self, vector: Tensor) -> dict[str, Tensor]:
+        """The named parameters that the stage before has to give."""
+        named = dict(zip(self.before.names, self.before.parameters.views(vector), strict=True))
+        return self.before.hands_on(named) if self.before.hands_on else named
+
+    def _compare(self, given: dict[str, Tensor]) -> None:
+        before, after = self._called
+        same = f"{before}.embedding and {after}.embedding must have the same parameters; "
+        missing = [name for name in self._wanted if name not in given]
+        extra = []
+        if self.before.composed and self.after.composed and not self.before.hands_on:
+            ours = [self.before.names[number] for number in self.before.shared]
+            extra = [name for name in ours if name not in self._wanted]
+            if not missing and not extra and ours != self._wanted:
+                raise ValueError(f"{same}the names differ: in another order")
+        if missing or extra:
+            raise ValueError(
+                f"{same}the names differ: {sorted({*missing, *extra})}"
+                if self.after.composed
+                else f"{after} takes {missing} from {before}, which hands on {sorted(given)}; say "
+                'in shared= which of them it takes, as a mapping {"own name": "name there"} where '
+                "names differ"
+            )
+        for number, name in zip(self.after.shared, self._wanted):
+            one, other = given[name].shape, self.after.parameters.tensors[number].shape
+            if one != other:
+                raise ValueError(
+                    f"{same}{name} is {tuple(one)} in one and {tuple(other)} in the other"
+                )
+
+    def moves(self, trained: Block) -> bool:
+        """Whether something that is handed on is trained by the stage before."""
+        return bool(self.before.hands_on) or bool(set(self._numbers) & set(trained))
+
+    def same_buffers(self) -> bool:
+        """Whether the buffers beside what is shared (running statistics, say) are the same."""
+        theirs = dict(self.before.model.named_buffers())
+        return all(
+            name in theirs and torch.equal(buffer, theirs[name])
+            for name, buffer in self.after.model.named_buffers()
+            if self.after.is_shared(name) and (name in theirs or self.after.composed)
+        )
+
+    def value(self, vector: Tensor) -> Tensor:
+        """What is handed on, ``(p_W,)``, by a stage before at `vector` ``(p,)``."""
+        if not self.before.hands_on:
+            return self.before.parameters.take(vector, self._numbers)
+        given = self._given(vector)
+        return torch.cat([given[name].reshape(-1) for name in self._wanted])
+
+    def pull_back(self, handed: Tensor, vector: Tensor) -> Tensor:
+        """From dq/dc ``(p_W, k)`` to the parameters of the stage before, ``(p, k)``."""
+        if not self.before.hands_on:
+            return self.before.parameters.put(handed, self._numbers)
+        pull: Any = vjp(self.value, vector)[1]
+        return torch.stack([pull(column)[0] for column in handed.unbind(1)], 1)

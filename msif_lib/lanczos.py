@@ -1,0 +1,147 @@
+"""Functions of a symmetric matrix applied to vectors, f(A) b, from products with A alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from msif_lib.solvers import FailedSolve, Operator, SolveReport, SolverWarning
+from msif_lib.support.notices import warn_caller
+
+#: A function of eigenvalues, entry by entry.
+Spectral = Callable[[Tensor], Tensor]
+
+# Steps between two looks at how far the result still moves.
+_LOOK_EVERY = 5
+
+
+def functions_of(
+    operator: Operator,
+    b: Tensor,
+    functions: Sequence[Spectral],
+    *,
+    tol: float | None = None,
+    max_iterations: int | None = None,
+    system: str = "f(A) b",
+    progress: bool = False,
+) -> tuple[list[Tensor], SolveReport]:
+    """The products f(A) b for several functions f, by Lanczos with full reorthogonalisation.
+
+    After m steps A V = V T + a remainder, with T tridiagonal, and f(A) b ≈ ‖b‖ V f(T) e_1 (Saad
+    1992; Higham, Functions of Matrices, ch. 13). A bounded f makes an indefinite A harmless.
+
+    Parameters
+    ----------
+    operator
+        A, symmetric ``(p, p)``.
+    b
+        Columns ``(p, k)``; each has a Krylov space of its own, and all share each product.
+    functions
+        f, on eigenvalues ``(m,)``.
+    tol
+        Relative change of every result between two looks at which it counts as converged; None:
+        1e-8 in float64, 1e-4 in float32.
+    max_iterations
+        Steps, at most; None: the size, at most 300.
+    system
+        What is computed, in words, for the report.
+    progress
+        Show a bar for what takes more than a second.
+
+    Returns
+    -------
+    tuple
+        One ``(p, k)`` for each function, and a report whose residuals are these relative changes.
+
+    Raises
+    ------
+    FailedSolve
+        A result is zero, or not finite, for a column that is not zero.
+
+    Warns
+    -----
+    SolverWarning
+        The tolerance was not reached.
+    """
+    if tol is None:
+        tol = 1e-8 if b.dtype == torch.float64 else 1e-4
+    limit = min(len(b), max_iterations or 300)
+    lengths = b.norm(dim=0)
+    basis = [b / torch.where(lengths > 0, lengths, 1.0)]
+    alphas: list[Tensor] = []
+    betas: list[Tensor] = []
+    before: list[Tensor] | None = None
+    change, history = torch.full_like(lengths, torch.inf), []
+    with tqdm(desc="Lanczos", disable=not progress, delay=1, leave=False, unit=" it") as bar:
+        while True:
+            v = basis[-1]
+            w = operator @ v
+            alphas.append((v * w).sum(0))
+            for _ in range(2):  # once more, for rounding has left some of them in
+                for old in basis:
+                    w = w - old * (old * w).sum(0)
+            beta = w.norm(dim=0)
+            bar.update()
+            size = max(float(torch.stack(alphas).abs().max()), float(beta.max()))
+            # A direction that is rounding only: the Krylov space holds all of b.
+            beta = torch.where(beta > size * torch.finfo(b.dtype).eps ** 0.75, beta, 0.0)
+            steps, ended = len(alphas), not bool(beta.any()) or len(alphas) >= limit
+            if ended or steps % _LOOK_EVERY == 0:
+                now = [_coefficients(f, alphas, betas) for f in functions]
+                change = torch.zeros_like(lengths)
+                for index, weights in enumerate(now):
+                    moved = weights.clone()
+                    if before is not None:
+                        moved[: len(before[index])] -= before[index]
+                    scale = weights.norm(dim=0)
+                    change = change.maximum(moved.norm(dim=0) / torch.where(scale > 0, scale, 1.0))
+                exhausted = steps == len(b) or not bool(beta.any())
+                change = torch.zeros_like(change) if exhausted else change
+                history.append(float(change.max()))
+                before = now
+                if ended or bool((change <= tol).all()):
+                    break
+            betas.append(beta)
+            basis.append(w / torch.where(beta > 0, beta, 1.0) * (beta > 0))
+    results = [
+        sum((v * weights for v, weights in zip(basis, coefficients)), torch.zeros_like(b)) * lengths
+        for coefficients in before
+    ]
+    converged = bool((change <= tol).all())
+    report = SolveReport(
+        solver="Lanczos",
+        system=system,
+        damping=0.0,
+        iterations=len(alphas),
+        products=len(alphas) * b.shape[1],
+        residuals=tuple(change.tolist()),
+        history=tuple(history),
+        converged=converged,
+        message=SolveReport.message
+        if converged
+        else f"stopped at the limit of {limit} steps, the result still moving by "
+        f"{float(change.max()):.1e} of itself where {tol:.1e} was asked for; allow more steps",
+    )
+    for result in results[:1]:
+        if not result.isfinite().all() or bool(((result == 0).all(0) & (lengths > 0)).any()):
+            raise FailedSolve(
+                f"Lanczos: {system} came out as zero or left the finite numbers; compute the "
+                "products in float32 or float64",
+                report,
+            )
+    if not converged:
+        warn_caller(f"Lanczos: {report.message}", SolverWarning)
+    return results, report
+
+
+def _coefficients(f: Spectral, alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+    """f(T) e_1 for the tridiagonal T of each column, ``(m, k)``."""
+    diagonal, beside = torch.stack(alphas, 1), torch.stack(betas, 1) if betas else None
+    tridiagonal = torch.diag_embed(diagonal)
+    if beside is not None:
+        tridiagonal = tridiagonal + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+    values, vectors = torch.linalg.eigh(tridiagonal)
+    return (vectors @ (f(values) * vectors[:, 0, :])[:, :, None])[:, :, 0].T
