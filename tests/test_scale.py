@@ -5,6 +5,7 @@ No time is asserted: the quick modes run, and their records hold what the book's
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 from pathlib import Path
@@ -22,12 +23,12 @@ from torch.utils.data import Dataset
 
 from benchmarks import growth, precision, pretraining_set
 from msif_lib import SingleStageInfluence, Stage, StationarityWarning, cross_entropy
-from msif_lib.solvers import MinRes, SolverWarning
+from msif_lib.solvers import MinRes, Solver, SolveReport, SolverWarning
 from msif_lib.study.records import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "book" / "chapters" / "scale.ipynb"
-pytestmark = pytest.mark.xdist_group("scale")
+pytestmark = [pytest.mark.xdist_group("scale"), pytest.mark.numeric]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,34 @@ def test_the_record_of_precision_holds_every_setting(folder: Path) -> None:
     for settings in good.values():
         assert settings["float32"]["error_of_the_scores"] < 1e-2
         assert max(settings["float32"]["residuals"]) < 2e-4
+
+
+class Lost(Solver):
+    """A solver of which nothing comes back."""
+
+    def _solve(self, operator: Any, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
+        report = SolveReport("Lost", "A x = b", 0.0, 3, 3, (1.0,), (1.0,), False, message="is lost")
+        return torch.zeros_like(b), report
+
+
+def test_a_failed_solve_is_recorded_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = argparse.Namespace(
+        examples=60, tests=20, widths=[2, 2], tol=1e-3, seed=0, device="cpu"
+    )
+    problem = precision.build(precision.REGIMES["well conditioned"], options)
+    monkeypatch.setattr(precision, "MinRes", lambda tol: Lost())
+    for case in precision.CASES:
+        found = precision.measure(case, precision.SETTINGS[0], problem, torch.ones(60), [])
+        assert set(found) == {"status", "error"}
+        assert found["status"] == "failed solve"
+        assert "the solution is zero where the right-hand side is not" in found["error"]
+        assert "float64" in found["error"]
+
+
+def test_the_residual_of_a_right_hand_side_that_is_zero_is_a_number() -> None:
+    zero = torch.zeros(3)
+    assert precision.residual(torch.eye(3), zero, zero) == 0
+    assert precision.residual(2 * torch.eye(3), torch.ones(3), torch.ones(3)) == pytest.approx(1)
 
 
 def test_the_record_of_the_whole_set_holds_residuals_of_both_solvers(folder: Path) -> None:
