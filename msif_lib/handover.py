@@ -68,8 +68,9 @@ class HandOver:
             if not missing and not extra and ours != self._wanted:
                 raise ValueError(f"{same}the names differ: in another order")
         if missing or extra:
+            odd = sorted(name.removeprefix("embedding.") for name in {*missing, *extra})
             raise ValueError(
-                f"{same}the names differ: {sorted({*missing, *extra})}"
+                f"{same}the names differ: {odd}"
                 if self.after.composed
                 else f"{after} takes {missing} from {before}, which hands on {sorted(given)}; say "
                 'in shared= which of them it takes, as a mapping {"own name": "name there"} where '

@@ -86,7 +86,7 @@ class Scores:
 
     @property
     def removal_effect(self) -> Tensor:
-        """−w_i I_i/N: predicted change of q when z_i is taken out and the others stay as weighted."""
+        """−w_i I_i/N: predicted change of q when z_i is taken out, all else being equal."""
         return -self._weighted() / self.training_size
 
     @property
@@ -260,6 +260,14 @@ class Chain:
     # --- checks -----------------------------------------------------------------------------
 
     def _check_continuity(self, names: Sequence[str]) -> None:
+        for link, name in zip(self.links, names):
+            if not link.block:
+                own = isinstance(link, Frozen) or not link.stage.head_size
+                what = f"{name}.head has no parameters" if own else "no parameter is trained"
+                raise ValueError(
+                    f"{what}, so {type(link).__name__} has nothing to train in {name}; say what was "
+                    "trained with trained="
+                )
         if self._hand_overs and not self._hand_overs[0].moves(self.links[0].block):
             raise ValueError(
                 f"{names[0]}: nothing that it hands on to {names[1]} is trained (its parameters do "
@@ -530,9 +538,8 @@ def _check_start(over: HandOver, before: Link, link: Link, first: str, second: s
     same = [stage.names[n] for n in moved if stage.parameters.tensors[n] in theirs]
     if same and before.reads_modules:
         raise ValueError(
-            f"{type(link).__name__} needs the embedding before and after finetuning, but both "
-            f"stages hold the same module ({same[0]}); give {second} a copy (copy.deepcopy) made "
-            "before finetuning"
+            f"{type(link).__name__} needs {same[0]} before and after finetuning, but both stages "
+            f"hold the same module; give {second} a copy (copy.deepcopy) made before finetuning"
         )
     start = link.begins_at()
     if start is not None:
@@ -725,9 +732,9 @@ class FixedEmbeddingInfluence(_OfFirst):
         stationarity_tol: float = 1e-4,
         progress: bool = True,
     ) -> None:
-        second = check_solver("finetune_solver", finetune_solver or solver)
-        links = [Optimum(pretrain, solver), Frozen(finetune, second)]
-        super().__init__(links, stationarity_tol, progress)
+        first = Optimum(pretrain, solver)
+        second = Frozen(finetune, check_solver("finetune_solver", finetune_solver or solver))
+        super().__init__([first, second], stationarity_tol, progress)
 
 
 class UpdatedEmbeddingInfluence(_OfFirst):
@@ -771,6 +778,6 @@ class UpdatedEmbeddingInfluence(_OfFirst):
         stationarity_tol: float = 1e-4,
         progress: bool = True,
     ) -> None:
-        second = check_solver("finetune_solver", finetune_solver or solver)
-        links = [Optimum(pretrain, solver), Proximal(tuned, alpha, second)]
-        super().__init__(links, stationarity_tol, progress)
+        first = Optimum(pretrain, solver)
+        second = Proximal(tuned, alpha, check_solver("finetune_solver", finetune_solver or solver))
+        super().__init__([first, second], stationarity_tol, progress)

@@ -113,20 +113,11 @@ class Link(ABC):
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        if not self.block:
-            raise ValueError(
-                f"{type(self).__name__}: the stage has nothing to train here: {self._untrained}; "
-                "name its parameters with trained="
-            )
 
     @property
     def block(self) -> Block:
         """Numbers of the parameters that this link's training moves."""
         return self.stage.trained
-
-    @property
-    def _untrained(self) -> str:
-        return "no parameter requires a gradient"
 
     @property
     def kept(self) -> Block:
@@ -243,7 +234,7 @@ class Optimum(_Solved):
     Raises
     ------
     ValueError
-        The stage trains nothing; an unknown curvature.
+        An unknown curvature.
     TypeError
         `solver` is none.
     """
@@ -266,7 +257,7 @@ class Frozen(_Solved):
     Raises
     ------
     ValueError
-        The stage trains nothing of its own; an unknown curvature.
+        An unknown curvature.
     TypeError
         `solver` is none.
     """
@@ -275,10 +266,6 @@ class Frozen(_Solved):
     def block(self) -> Block:
         """Numbers of the parameters that are trained and not shared."""
         return tuple(number for number in self.stage.trained if number in self.stage.own)
-
-    @property
-    def _untrained(self) -> str:
-        return "no parameter of its own head is trained"
 
 
 class Proximal(_Solved):
@@ -300,7 +287,7 @@ class Proximal(_Solved):
     Raises
     ------
     ValueError
-        α ≤ 0 or infinite; the stage trains nothing; an unknown curvature.
+        α ≤ 0 or infinite; an unknown curvature.
     TypeError
         `solver` is none.
     """
@@ -379,8 +366,7 @@ class Stopped(_Solved):
     Raises
     ------
     ValueError
-        A `time` or `scale` that is not positive, a negative `decay`; the stage trains nothing; an
-        unknown curvature.
+        A `time` or `scale` that is not positive, a negative `decay`; an unknown curvature.
     """
 
     def __init__(
@@ -467,7 +453,7 @@ class Unrolled(Link):
     Raises
     ------
     ValueError
-        The path is that of another model; the stage trains nothing.
+        The path is that of another model.
     """
 
     reads_modules = False

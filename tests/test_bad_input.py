@@ -291,17 +291,17 @@ def test_other_modules_that_depend_on_chance_or_company():
 
 
 def test_parameters_shared_between_embedding_and_head():
+    """One and the same parameter is one; another over the same memory is refused."""
     shared = nn.Linear(4, 4, dtype=F64)
-    refused(
-        "head.weight shares its memory with embedding.weight.*untie them",
-        embedding=shared,
-        head=shared,
-        data=(data()[0], torch.zeros(12, dtype=torch.long)),
-    )
+    both = stage(embedding=shared, head=shared, data=(data()[0], torch.zeros(12, dtype=torch.long)))
+    assert both.names == ("embedding.weight", "embedding.bias") and both.head_size == 0
     tied = nn.Linear(3, 4, bias=False, dtype=F64)
     first = nn.Linear(4, 3, bias=False, dtype=F64)
     tied.weight = nn.Parameter(first.weight.T)  # another Parameter over the same memory
-    refused("head.weight shares its memory with embedding.weight", embedding=first, head=tied)
+    refused(
+        "head.weight shares its memory with embedding.weight.*untie them",
+        embedding=first, head=tied,
+    )  # fmt: skip
 
 
 def test_views_of_one_buffer_are_not_shared_parameters():

@@ -112,7 +112,7 @@ def test_attention_has_second_derivatives_and_forward_mode_by_itself(kind):
     torch.testing.assert_close(Hessian(stage).dense(), expected, rtol=1e-10, atol=1e-10)
     rows = torch.autograd.functional.jacobian(lambda v: independent_losses(stage, v), theta)
     directions = torch.randn(len(theta), 2, dtype=F64)
-    assert stage.has_forward_mode
+    assert stage.can.forward_mode
     got = torch.cat(list(stage.directional_derivatives(directions)))
     torch.testing.assert_close(got, rows @ directions, rtol=1e-10, atol=1e-10)
     got = torch.cat(list(stage.per_example_gradients()))
@@ -228,8 +228,8 @@ def stage_with(function) -> Stage:
 def test_scores_without_forward_mode_are_those_by_reverse_mode(function, same):
     stage, reference = stage_with(function), stage_with(same)
     directions = torch.randn(stage.vector().shape[0], 2, dtype=F64)
-    assert reference.has_forward_mode
-    assert not stage.has_forward_mode
+    assert reference.can.forward_mode
+    assert not stage.can.forward_mode
     got = torch.cat(list(stage.directional_derivatives(directions)))
     expected = torch.cat(list(reference.directional_derivatives(directions)))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -243,7 +243,7 @@ def test_an_example_without_a_gradient_proves_nothing_about_forward_mode(weights
     stage = Stage(
         Wrapped(sine).to(F64), nn.Linear(4, 2).to(F64), lambda o, t: t * o[:, 0] ** 2, data
     )
-    assert not stage.has_forward_mode
+    assert not stage.can.forward_mode
 
 
 @pytest.mark.parametrize(
