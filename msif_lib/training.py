@@ -27,7 +27,7 @@ from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
 from msif_lib.descent import SGD, AdamW, Batches, Path, descend
 from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
-from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import map_leaves
 from msif_lib.support.fingerprint import fingerprint
 
@@ -230,7 +230,7 @@ def train_kept(
     if checkpoint is None:
         return train(stage, tol, **settings)
     kept = Checkpoint(checkpoint)
-    name = f"training-{fingerprint(stage_fingerprint(stage), tol, settings)}"
+    name = f"training-{fingerprint(stage.identity(), tol, settings)}"
     found = kept.get(name)
     if found is None:
         report = train(stage, tol, **settings)
@@ -250,15 +250,19 @@ def _objective(
 ) -> _ValueAndGradient:
     """Value and gradient of what is trained, as a function of the free parameters."""
     if head_only:
-        w = stage.embedding_vector()
+        w, parts = stage.embedding_vector(), stage.parameters.views(stage.vector())
         with torch.no_grad():
-            features = [(stage.embed(w, inputs), targets) for inputs, targets in stage.batches()]
+            features = [
+                (stage.features(parts, inputs), targets, weights)
+                for (inputs, targets), weights in stage.weighted_batches()
+            ]
 
         def head_objective(h: Tensor) -> tuple[Tensor, Tensor]:
             h = h.detach().requires_grad_()
-            value = stage.regularization(w, h)
-            for embedded, targets in features:
-                value = value + stage.head_losses(h, embedded, targets).sum() / stage.size
+            value, parts = stage.regularization(w, h), stage.parameters.views(torch.cat([w, h]))
+            for embedded, targets, weights in features:
+                losses = stage.feature_losses(parts, embedded, targets)
+                value = value + weights @ losses / stage.size
             return value.detach(), torch.autograd.grad(value, h)[0]
 
         return head_objective
@@ -301,7 +305,8 @@ def _adam(
             w, h = (fixed, theta) if head_only else stage.split(theta)
             batch = map_leaves(partial(_rows, indices=indices), (inputs, targets))
             batch = map_leaves(lambda leaf: leaf.to(stage.device), batch)
-            loss = stage.losses(w, h, *batch).mean() + stage.regularization(w, h)
+            weights = stage.weights[indices.to(stage.device)]
+            loss = weights @ stage.losses(w, h, *batch) / len(indices) + stage.regularization(w, h)
             if towards is not None and alpha is not None:
                 loss = loss + alpha * (w - towards) @ (w - towards)
             optimizer.zero_grad()

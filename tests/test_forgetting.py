@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
-from msif_lib.solvers import Dense
-from msif_lib.study.forgetting import (
-    curvature,
-    descend,
-    descent_gain,
-    proximal_gain,
-    scores_along,
+from msif_lib import (
+    Chain,
+    FixedEmbeddingInfluence,
+    Stage,
+    UpdatedEmbeddingInfluence,
+    cross_entropy,
 )
+from msif_lib.links import Optimum
+from msif_lib.solvers import Dense
+from msif_lib.study.forgetting import curvature, descent_gain, finetune_in_steps, proximal_gain
 from msif_lib.training import train
 
 F64 = torch.float64
@@ -67,11 +68,18 @@ def unrolled(stage: Stage, test, steps: int, alpha: float):
     return theta.detach(), float(loss.detach()), float(accuracy), sensitivity
 
 
+def scores_for(pretrain: Stage, sensitivity):
+    """Scores of the pretraining examples for a sensitivity dq/dW̄."""
+    cotangent = pretrain.parameters.put(sensitivity[:, None], pretrain.shared)
+    chain = Chain([Optimum(pretrain, Dense())], progress=False)
+    return chain.pull_back(cotangent)[0].values[:, 0]
+
+
 @pytest.mark.parametrize("alpha", [0.0, ALPHA])
 def test_descent_gives_the_derivative_through_its_steps(stages, alpha):
     _, fixed, _, test = stages
     before = fixed.vector()
-    found = descend(fixed, test, [7, 0, 3], RATE, alpha)
+    found = finetune_in_steps(fixed, test, [7, 0, 3], RATE, alpha)
     assert list(found) == [0, 3, 7]
     assert torch.equal(fixed.vector(), before)
     for steps, stopped in found.items():
@@ -88,9 +96,9 @@ def test_descent_comes_to_the_scores_of_case_2(stages):
         copy.deepcopy(pretrain.embedding), copy.deepcopy(tuned.head), cross_entropy, tuned.data,
         l2=tuned.l2,
     )  # fmt: skip
-    stopped = descend(start, test, [500], 1.5, ALPHA)[500]
+    stopped = finetune_in_steps(start, test, [500], 1.5, ALPHA)[500]
     torch.testing.assert_close(stopped.vector, tuned.vector(), rtol=1e-6, atol=1e-7)
-    scores = scores_along(pretrain, stopped.sensitivity[:, None], Dense())[:, 0]
+    scores = scores_for(pretrain, stopped.sensitivity)
     torch.testing.assert_close(scores, exact.scores(test).values, rtol=1e-5, atol=1e-7)
 
 
@@ -99,10 +107,10 @@ def test_the_filter_gives_the_scores_of_case_2(stages):
     bent = curvature(tuned, test)
     sensitivity = bent.filtered(proximal_gain(bent.eigenvalues, ALPHA))
     exact = UpdatedEmbeddingInfluence(pretrain, tuned, ALPHA, Dense(), progress=False)
-    expected = exact.embedding_sensitivity(exact.test_gradients(test))[:, 0]
+    expected = exact.sensitivity(exact.test_gradients(test))[:, 0]
     torch.testing.assert_close(sensitivity, expected, rtol=1e-8, atol=1e-11)
     torch.testing.assert_close(
-        scores_along(pretrain, sensitivity[:, None])[:, 0],
+        scores_for(pretrain, sensitivity),
         exact.scores(test).values,
         rtol=1e-6,
         atol=1e-9,
@@ -113,7 +121,7 @@ def test_without_a_filter_the_gradient_is_that_of_case_1(stages):
     pretrain, fixed, _, test = stages
     exact = FixedEmbeddingInfluence(pretrain, fixed, Dense(), progress=False)
     bent = curvature(fixed, test)
-    expected = exact.embedding_sensitivity(exact.test_gradients(test))[:, 0]
+    expected = exact.sensitivity(exact.test_gradients(test))[:, 0]
     torch.testing.assert_close(bent.gradient, expected, rtol=1e-9, atol=1e-12)
     several = bent.filtered(torch.ones(len(expected), 2, dtype=F64), expected)
     torch.testing.assert_close(several, torch.stack([expected] * 2, 1), rtol=1e-9, atol=1e-12)
@@ -132,17 +140,17 @@ def test_the_gain_of_descent_is_exact_on_a_quadratic(alpha):
         torch.testing.assert_close(endless, proximal_gain(sigma, alpha), rtol=1e-9, atol=1e-12)
 
 
-def test_what_cannot_descend(stages):
+def test_what_cannot_finetune_in_steps(stages):
     _, fixed, _, test = stages
     for steps in ([], [-1]):
         with pytest.raises(ValueError, match="steps must be numbers from 0 on"):
-            descend(fixed, test, steps, RATE)
+            finetune_in_steps(fixed, test, steps, RATE)
     with pytest.raises(ValueError, match="learning_rate must be positive"):
-        descend(fixed, test, [1], 0.0)
+        finetune_in_steps(fixed, test, [1], 0.0)
     with pytest.raises(ValueError, match="alpha must not be negative"):
-        descend(fixed, test, [1], RATE, -1.0)
+        finetune_in_steps(fixed, test, [1], RATE, -1.0)
     with pytest.raises(FloatingPointError, match="diverges at learning rate"):
-        descend(fixed, test, [100], 1e6)
+        finetune_in_steps(fixed, test, [100], 1e6)
 
 
 def test_where_the_steps_stay_finite_but_not_their_derivatives():
@@ -153,10 +161,10 @@ def test_where_the_steps_stay_finite_but_not_their_derivatives():
     both = torch.ones(2, 1, dtype=F64), torch.tensor([0, 1])
     stage = Stage(embedding, head, cross_entropy, both)
     test = both[0][:1], both[1][:1]
-    some = descend(stage, test, [0, 1, 2], 30.0)
+    some = finetune_in_steps(stage, test, [0, 1, 2], 30.0)
     start = some[0].sensitivity
     for k, stopped in some.items():
         assert torch.equal(stopped.vector, stage.vector())
         torch.testing.assert_close(stopped.sensitivity, (-29.0) ** k * start)
     with pytest.raises(FloatingPointError, match="derivatives of gradient descent overflow"):
-        descend(stage, test, [300], 30.0)
+        finetune_in_steps(stage, test, [300], 30.0)

@@ -1,8 +1,9 @@
 """What finetuning leaves of pretraining: sensitivities to W̄, through k steps or at an optimum.
 
 All scores of a pretraining are I_i = −bᵀ [H_G⁻¹ ∇g(z_i)]_W. What comes after pretraining enters
-through b = dq/dW̄ alone. Here b is had for a finetuning that stops after k steps of gradient
-descent, by going back through the steps, and at an optimum from the eigenvalues of
+through b = dq/dW̄ alone: ``Chain([Optimum(pretrain)]).pull_back`` scores any b. Here b is had for a
+finetuning that stops after k steps of gradient descent, by walking back through the steps, and at
+an optimum from the eigenvalues of
 
     S = F_WW − F_WΘ F_ΘΘ⁻¹ F_ΘW,
 
@@ -11,23 +12,26 @@ the curvature of the finetuning objective along W with the head following.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msif_lib.curvature import Hessian
-from msif_lib.solvers import Dense, MinRes, Solver
+from msif_lib.links import Unrolled
+from msif_lib.solvers import Dense, Solver
 from msif_lib.stage import Stage
-from msif_lib.study.stopping import finetune_plainly, through_steps
-from msif_lib.support.minimise import Descent
-from msif_lib.support.storage import sweep
+from msif_lib.support.data import Nested
+from msif_lib.training import SGD, Path, descend
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """A finetuning that stopped after some steps.
+class ShortFinetuning:
+    """A finetuning after some steps.
 
     Attributes
     ----------
@@ -47,18 +51,17 @@ class Stopped:
     sensitivity: Tensor
 
 
-def descend(
+def finetune_in_steps(
     stage: Stage,
     test: tuple[Tensor, Tensor],
     steps: Sequence[int],
     learning_rate: float,
     alpha: float = 0.0,
-) -> dict[int, Stopped]:
+) -> dict[int, ShortFinetuning]:
     """Finetune by gradient descent from (W̄, Θ_0), and differentiate the steps.
 
     A step is θ ← θ − η (∇F(θ) + 2α (W − W̄)), over all examples at once. The sensitivity is exact
-    for what was run, converged or not: it is carried back from step to step by one product with
-    the Hessian each (reverse mode, the parameters of all steps being kept).
+    for what was run, converged or not.
 
     Parameters
     ----------
@@ -93,27 +96,82 @@ def descend(
         raise ValueError(f"learning_rate must be positive, not {learning_rate}")
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, not {alpha}")
-    work = stage.to(stage.dtype, stage.device)
-    path = [work.vector()]
-    descent = Descent(max(1, *steps), learning_rate, momentum=0.0)
-    if max(steps):
-        path = [*finetune_plainly(work, descent, alpha), work.vector()]
-    if not path[-1].isfinite().all():
-        raise FloatingPointError(
-            f"gradient descent diverges at learning rate {learning_rate}; lower it"
-        )
-    tested = {k: _test(work, path[k], test) for k in sorted(set(steps))}
-    stops = {k: gradient for k, (_, _, gradient) in tested.items()}
-    of_start = through_steps(work, path, descent, stops, alpha)
-    if not all(gradient.isfinite().all() for gradient in of_start.values()):
+    work, rule = _pulled(stage, alpha), SGD(learning_rate)
+    # Plain gradient descent remembers nothing, so that its path may be had in pieces.
+    pieces: dict[int, Path | None] = {}
+    for before, after in pairwise([0, *sorted(set(steps))]):
+        pieces[after] = None
+        if after > before:
+            try:
+                pieces[after] = descend(work, rule, after - before, work.size, 0, progress=False)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"gradient descent diverges at learning rate {learning_rate}; lower it"
+                ) from error
+    ends = {
+        k: (stage.vector() if piece is None else piece.end)[: stage.parameters.size]
+        for k, piece in pieces.items()
+    }
+    tested = {k: _test(stage, end, test) for k, end in ends.items()}
+    # A column for every stop that lies at or behind a point of the path, the first stop first.
+    back = work.vector().new_zeros(work.parameters.size, 0)
+    for k, piece in reversed(pieces.items()):
+        gradient = work.parameters.put(tested[k][2][:, None], stage.parameters.all)
+        back = torch.cat([gradient, back], 1)
+        if piece is not None:
+            work.load_vector(piece.end)
+            back = Unrolled(work, piece).pull_back(back).handed
+    if not back.isfinite().all():
         raise FloatingPointError(
             f"the derivatives of gradient descent overflow at learning rate {learning_rate}; lower "
             "it below 2 over the largest eigenvalue of the Hessian"
         )
+    of_start = back[: stage.embedding_size] + back[stage.parameters.size :]
     return {
-        k: Stopped(path[k], loss, accuracy, of_start[k][: work.embedding_size])
-        for k, (loss, accuracy, _) in tested.items()
+        k: ShortFinetuning(ends[k], loss, accuracy, sensitivity)
+        for (k, (loss, accuracy, _)), sensitivity in zip(tested.items(), of_start.unbind(1))
     }
+
+
+class _WithStart(nn.Module):
+    """A model beside the embedding that it began with, whose parameters count as its own."""
+
+    def __init__(self, model: nn.Module, start: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.model, self.start = model, nn.ParameterList(start)
+
+    def forward(self, inputs: Nested) -> Any:
+        return self.model(inputs)
+
+
+def _pulled(stage: Stage, alpha: float) -> Stage:
+    """A copy of a stage with α‖W − W̄‖² besides, where W̄ is a parameter that is not trained.
+
+    So a walk back finds what q owes to W̄ through the pull, apart from what it owes to the start.
+    """
+    names = [stage.names[number] for number in stage.shared]
+    model = copy.deepcopy(stage.model)
+    start = stage.parameters.views(stage.embedding_vector(), stage.shared)
+
+    def regularizer(named: dict[str, Tensor]) -> Tensor:
+        away = (named[f"model.{name}"] - named[f"start.{i}"] for i, name in enumerate(names))
+        pull = alpha * torch.stack([part.square().sum() for part in away]).sum()
+        if stage.regularizer is None:
+            return pull
+        return pull + stage.regularizer({name: named[f"model.{name}"] for name in stage.names})
+
+    return Stage.of(
+        _WithStart(model, start),
+        stage.loss,
+        stage.data,
+        trained=[f"model.{stage.names[number]}" for number in stage.trained],
+        l2=stage.l2,
+        batch_size=stage.batch_size,
+        regularizer=regularizer,
+        check=False,
+        memory_budget=stage.memory_budget,
+        weights=stage.weights,
+    )
 
 
 def _test(stage: Stage, vector: Tensor, test: tuple[Tensor, Tensor]) -> tuple[float, float, Tensor]:
@@ -228,29 +286,3 @@ def descent_gain(
     if not alpha:
         return left
     return left + proximal_gain(eigenvalues, alpha) * (1 - left)
-
-
-def scores_along(
-    pretrain: Stage,
-    sensitivities: Tensor,
-    solver: Solver = MinRes(),  # noqa: B008
-) -> Tensor:
-    """Scores of all pretraining examples for given sensitivities.
-
-    Parameters
-    ----------
-    pretrain
-        The pretraining stage at (W̄, Ū).
-    sensitivities
-        b = dq/dW̄, as columns ``(p_W, k)``.
-    solver
-        For H_G⁻¹; one solve serves all columns.
-
-    Returns
-    -------
-    Tensor
-        I_i = −bᵀ [H_G⁻¹ ∇g(z_i)]_W, ``(m, k)``.
-    """
-    padding = sensitivities.new_zeros(pretrain.head_size, sensitivities.shape[1])
-    v = solver.solve(Hessian(pretrain), torch.cat([sensitivities, padding])).x
-    return sweep(pretrain, -v, None, progress=False)
