@@ -265,8 +265,8 @@ class Chain:
                 own = isinstance(link, Frozen) or not link.stage.head_size
                 what = f"{name}.head has no parameters" if own else "no parameter is trained"
                 raise ValueError(
-                    f"{what}, so {type(link).__name__} has nothing to train in {name}; say what was "
-                    "trained with trained="
+                    f"{what}, so {type(link).__name__} has nothing to train in {name}; say what "
+                    "was trained with trained="
                 )
         if self._hand_overs and not self._hand_overs[0].moves(self.links[0].block):
             raise ValueError(
@@ -445,14 +445,18 @@ class Chain:
         """−∇ℓ_iᵀ u of the examples of a stage, or the scores that its link gave."""
         path = None if call.kept is None else _file(call.kept.folder, number)
         stage, own = self.links[number].stage, number not in call.scored
+
+        def columns(found: Tensor) -> Tensor:
+            return found if call.per_test else found[:, 0]
+
         if pulled.direction is not None:
             scored = stage if own else call.scored[number]
-            values = sweep(scored, pulled.direction, path, self.progress)
+            values = sweep(scored, columns(pulled.direction), path, self.progress)
         else:
             assert pulled.scores is not None
-            values = rows_kept(pulled.scores, path, stage.reader)
+            values = rows_kept(columns(pulled.scores), path, stage.reader)
         return Scores(
-            values if call.per_test else values[:, 0],
+            values,
             stage.size,
             pulled.reports,
             dict(self.gradient_norms),

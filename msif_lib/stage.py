@@ -296,7 +296,8 @@ class Stage(Model):
     def weighted_batches(self) -> Iterator[tuple[Batch, Tensor]]:
         """The same with the weights ``(b,)`` of each batch's examples."""
         share = torch.as_tensor(self.reader.share, dtype=torch.long, device=self.device)
-        return zip(self.batches(), self.weights[share].split(self.chunk_size), strict=True)
+        weights = self.weights[share].split(self.chunk_size) if len(share) else ()
+        return zip(self.batches(), weights, strict=True)
 
     def read(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
         """The examples of `indices` in that order, by default all, on the model's device."""
@@ -453,7 +454,7 @@ class Stage(Model):
         with torch.no_grad():
             values += [rounded(self.penalty(parts)) for parts in points]
             for example in self.read(1, range(0, self.size, -(-self.size // _KNOWN_BY))):
-                some.append(example)
+                some.append(fingerprint(example))
                 values += [rounded(self.batch_losses(parts, *example)) for parts in points]
         return [
             theta,

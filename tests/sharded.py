@@ -74,7 +74,7 @@ def results(share: Callable[[Stage], Stage], problem: Problem, folder: Path) -> 
         found[f"{name}, loaded"] = influence.scores(
             loaded(test), of=loaded(problem.new_data)
         ).values
-        out = folder / f"{name}.npy"
+        out = folder / name
         found[f"{name}, on disk"] = influence.scores(test, per_test=True, out=out).values.clone()
     found["single stage"] = single_stage.scores(problem.new_data).values
     found["self-influence"] = single_stage.self_influence(at_once=7).values
@@ -142,8 +142,8 @@ def refusals(problem: Problem) -> dict[str, str]:
         "fewer": said(lambda: shard(stage(data=(x[rank:], y[rank:])))),
         "group": said(lambda: [shard(stage(), group) for group in groups]),
     }
-    answers["share of examples"] = str(list(first.share))
-    answers["to"] = str(first.to(torch.float32).share)
+    answers["share of examples"] = str(list(first.reader.share))
+    answers["to"] = str(first.to(torch.float32).reader.share)
     plain.load_vector(plain.vector() + rank)
     answers["parameters"] = said(lambda: shard(stage()))
     return answers
@@ -156,9 +156,9 @@ if __name__ == "__main__":
     device = initialise()
     groups = [dist.new_group([0])]
     answers = refusals(problem)
-    half_a_sweep(shard, problem, folder / "half.npy")
-    half_a_sweep(shard, problem, folder / "whole.npy")
-    half_a_sweep(shard, problem, folder / "whole.npy")
+    half_a_sweep(shard, problem, folder / "half")
+    half_a_sweep(shard, problem, folder / "whole")
+    half_a_sweep(shard, problem, folder / "whole")
     found = results(shard, problem, folder)
     torch.save((found, answers), folder / f"rank-{dist.get_rank()}.pt")
     dist.destroy_process_group()

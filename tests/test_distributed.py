@@ -22,6 +22,8 @@ from msif_lib.solvers import MinRes
 ROOT = Path(__file__).parents[1]
 # Sums over two shares are rounded in another order; solves magnify that by the condition number.
 ROUNDING = 1e-10
+# The file of the first stage's scores in a folder, and how far it has come.
+SCORES, PROGRESS = "stage-0.npy", "stage-0.npy.progress.json"
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -67,16 +69,16 @@ def test_both_processes_hold_the_same_numbers_to_the_last_bit(both):
 
 def test_scores_of_two_processes_are_one_file(both, folder):
     for name in ("case 1", "case 2"):
-        assert np.array_equal(np.load(folder / f"{name}.npy"), both[0][0][f"{name}, on disk"])
+        assert np.array_equal(np.load(folder / name / SCORES), both[0][0][f"{name}, on disk"])
     # Two steps, an interruption, two more.
-    assert json.loads((folder / "whole.npy.progress.json").read_text())["finished"] == 31
+    assert json.loads((folder / "whole" / PROGRESS).read_text())["finished"] == 31
     exact = both[0][0]["case 1"]
-    assert relative_error(torch.from_numpy(np.load(folder / "whole.npy")), exact) <= ROUNDING
+    assert relative_error(torch.from_numpy(np.load(folder / "whole" / SCORES)), exact) <= ROUNDING
 
 
 def test_one_process_goes_on_where_two_were_interrupted(both, folder, mlp, monkeypatch):
-    out = folder / "half.npy"
-    assert json.loads((folder / "half.npy.progress.json").read_text())["finished"] == 16
+    out = folder / "half"
+    assert json.loads((folder / "half" / PROGRESS).read_text())["finished"] == 16
     stages = mlp.stages()
     influence = FixedEmbeddingInfluence(*stages, MinRes(tol=1e-13), progress=False)
     monkeypatch.setattr(MinRes, "solve", None)
@@ -85,8 +87,8 @@ def test_one_process_goes_on_where_two_were_interrupted(both, folder, mlp, monke
 
 
 def test_half_a_sweep_is_half_a_sweep(mlp, tmp_path):
-    half_a_sweep(lambda stage: stage, mlp, tmp_path / "scores.npy")
-    state = json.loads((tmp_path / "scores.npy.progress.json").read_text())
+    half_a_sweep(lambda stage: stage, mlp, tmp_path / "scores")
+    state = json.loads((tmp_path / "scores" / PROGRESS).read_text())
     assert state["finished"] == 16
 
 

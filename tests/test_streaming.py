@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,10 +21,12 @@ from msif_lib import (
     UpdatedEmbeddingInfluence,
     cross_entropy,
 )
-from msif_lib.influence import _Influence
 from msif_lib.solvers import Dense, Identity, MinRes, Solver, SolverWarning
 from msif_lib.support import storage
 from msif_lib.support.data import Examples
+
+# The file of the first stage's scores in a folder.
+SCORES = "stage-0.npy"
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,7 @@ def run(
     alpha: float | None = None,
     solver: Solver = Dense(),  # noqa: B008 (frozen dataclass)
     **settings,
-) -> _Influence:
+) -> FixedEmbeddingInfluence:
     settings = {"batch_sizes": (4, 13)} | settings
     first, second = problem.stages(alpha, **settings)
     if alpha is None:
@@ -100,7 +101,7 @@ def test_a_section_keeps_the_size_of_the_data(mlp):
     part = stage.section([30, 2, 2])
     check(torch.cat(list(part.per_example_gradients())), rows[[30, 2, 2]], 1e-12)
     assert part.size == stage.size == 31
-    assert list(stage.share) == list(range(31))
+    assert list(stage.reader.share) == list(range(31))
 
 
 def padded(batch: list) -> tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ def test_scores_on_disk_are_those_in_memory(mlp, tmp_path, alpha, per_test, dtyp
     test = mlp.test_data[0].to(dtype), mlp.test_data[1]
     new = mlp.new_data[0].to(dtype), mlp.new_data[1]
     for name, of in (("all", None), ("new", new)):
-        out = tmp_path / f"{name}.npy"
+        out = tmp_path / name
         influence = run(mlp, alpha, dtype=dtype)
         exact = influence.scores(test, per_test, of)
         with warnings.catch_warnings():
@@ -156,35 +157,36 @@ def test_scores_on_disk_are_those_in_memory(mlp, tmp_path, alpha, per_test, dtyp
         assert scores.values.dtype == dtype
         assert scores.values.shape == exact.values.shape
         check(scores.values, exact.values, 1e-12 if dtype == F64 else 1e-5)
-        assert np.array_equal(np.load(out), scores.values.numpy())
+        assert np.array_equal(np.load(out / SCORES), scores.values.numpy())
         assert scores.of_training_set is (of is None)
         assert [report.solver for report in scores.solves] == ["Dense", "Dense"]
         scores.values.zero_()
-        assert np.load(out).any(), "what is done to the values stays in memory"
+        assert np.load(out / SCORES).any(), "what is done to the values stays in memory"
 
 
 def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatch):
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     examples = Counted(mlp.pretraining_data)
     exact = run(mlp).scores(mlp.test_data, per_test=True).values
 
-    def start() -> _Influence:
+    def start() -> FixedEmbeddingInfluence:
         first, second = mlp.stages(batch_sizes=(4, 13))
         first = Stage(first.embedding, first.head, first.loss, examples, first.l2, 4)
         return FixedEmbeddingInfluence(first, second, Dense(), progress=False)
 
     examples.strength = 10**9
     influence = start()
-    solution = influence._directions(mlp.test_data, True)
-    monkeypatch.setattr(influence, "_directions", lambda *args: solution)
+    solved = dict(influence._back(influence._call(mlp.test_data, True, None, None)))
+    for number, link in enumerate(influence.links):
+        monkeypatch.setattr(link, "pull_back", lambda *args, one=solved[number]: one)
     examples.read.clear()
     known = 2 * 16  # read for two fingerprints; one more example to try vmap with; then the sweep
     examples.strength = known + 1 + 18
     with pytest.raises(KeyboardInterrupt):
         influence.scores(mlp.test_data, per_test=True, out=out)
-    assert json.loads(Path(f"{out}.progress.json").read_text())["finished"] == 16
-    check(torch.from_numpy(np.load(out))[:16], exact[:16], 1e-12)
-    assert not np.load(out)[16:].any()
+    assert json.loads((out / f"{SCORES}.progress.json").read_text())["finished"] == 16
+    check(torch.from_numpy(np.load(out / SCORES))[:16], exact[:16], 1e-12)
+    assert not np.load(out / SCORES)[16:].any()
 
     examples.strength = 10**9
     again = start()
@@ -194,7 +196,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     assert examples.read[known + 1 :] == list(range(16, 31)), "what was scored is not read again"
     check(scores.values, exact, 1e-12)
     assert [report.system for report in scores.solves] == ["A x = b", "A x = b"]
-    assert not list(tmp_path.glob("*.new"))
+    assert not list(out.glob("*.new"))
 
     finished = start()
     examples.read.clear()
@@ -204,7 +206,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
 
 
 def test_an_interruption_before_the_sweep_keeps_the_solution(mlp, tmp_path, monkeypatch):
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     with monkeypatch.context() as patch:
         forbid_work(patch, "directional_derivatives")
         with pytest.raises(AssertionError, match="twice"):
@@ -215,7 +217,7 @@ def test_an_interruption_before_the_sweep_keeps_the_solution(mlp, tmp_path, monk
 
 
 def test_batching_does_not_change_what_a_file_belongs_to(mlp, tmp_path, monkeypatch):
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     run(mlp).scores(mlp.test_data, out=out)
     forbid_work(monkeypatch, "solve", "directional_derivatives")
     loader = DataLoader(TensorDataset(*mlp.test_data), batch_size=4)
@@ -224,9 +226,9 @@ def test_batching_does_not_change_what_a_file_belongs_to(mlp, tmp_path, monkeypa
 
 
 def test_a_file_of_another_problem_is_refused(mlp, tmp_path):
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     run(mlp).scores(mlp.test_data, out=out)
-    before = np.load(out)
+    before = np.load(out / SCORES)
     x, y = mlp.test_data
     with pytest.raises(ValueError, match=r"^out: .* belongs to another problem"):
         run(mlp).scores((x + 1e-12, y), out=out)
@@ -239,27 +241,27 @@ def test_a_file_of_another_problem_is_refused(mlp, tmp_path):
     with pytest.raises(ValueError, match="another problem"):
         run(mlp, ALPHAS[0]).scores(mlp.test_data, out=out)
     changed = run(mlp)
-    changed._trained.load_vector(changed._trained.vector() + 1e-12)
+    changed.links[0].stage.load_vector(changed.links[0].stage.vector() + 1e-12)
     with pytest.raises(ValueError, match="another problem"):
         changed.scores(mlp.test_data, out=out)
-    assert np.array_equal(np.load(out), before)
-    out.with_name("scores.npy.solution.pt").unlink()
+    assert np.array_equal(np.load(out / SCORES), before)
+    (out / f"{SCORES}.solution.pt").unlink()
     with pytest.raises(ValueError, match="a file beside it is missing; give another path"):
         run(mlp).scores(mlp.test_data, out=out)
 
 
 def test_no_file_is_taken_for_finished_that_is_not(mlp, tmp_path, monkeypatch):
     """The scores are removed, what stands beside them is not, and the next sweep ends at once."""
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     exact = run(mlp).scores(mlp.test_data, out=out).values.clone()
-    out.unlink()
+    (out / SCORES).unlink()
     with monkeypatch.context() as patch:
         forbid_work(patch, "directional_derivatives")
         with pytest.raises(AssertionError, match="twice"):
             run(mlp).scores(mlp.test_data, out=out)
-    assert not np.load(out).any()
+    assert not np.load(out / SCORES).any()
     assert torch.equal(run(mlp).scores(mlp.test_data, out=out).values, exact)
-    out.with_name("scores.npy.progress.json").unlink()
+    (out / f"{SCORES}.progress.json").unlink()
     with pytest.raises(ValueError, match="a file beside it is missing"):
         run(mlp).scores(mlp.test_data, out=out)
 
@@ -275,10 +277,10 @@ def test_half_precision_is_kept_in_single(mlp, tmp_path):
 def test_paths_that_cannot_be_written_are_refused_before_any_work(mlp, tmp_path, monkeypatch):
     influence = run(mlp)
     forbid_work(monkeypatch, "solve")
-    with pytest.raises(ValueError, match=r"out must be the path of a \.npy file, not scores\.csv"):
-        influence.scores(mlp.test_data, out="scores.csv")
+    with pytest.raises(ValueError, match=r"out must be a folder .*, not the file scores\.npy"):
+        influence.scores(mlp.test_data, out="scores.npy")
     with pytest.raises(ValueError, match=r"out: the folder .*nowhere does not exist"):
-        influence.scores(mlp.test_data, out=tmp_path / "nowhere" / "scores.npy")
+        influence.scores(mlp.test_data, out=tmp_path / "nowhere" / "scores")
 
 
 def test_a_score_that_is_not_finite_is_not_written(tmp_path):
@@ -294,18 +296,18 @@ def test_a_score_that_is_not_finite_is_not_written(tmp_path):
     influence = SingleStageInfluence(stage, Dense(damping=5.0), 100, progress=False)
     t = t.clone()
     t[9] = 0.0
-    out = tmp_path / "scores.npy"
+    out = tmp_path / "scores"
     with pytest.raises(FloatingPointError, match="the score of example 9 is not finite"):
         influence.scores((x[:2], t[:2]), of=(x, t), out=out)
-    assert json.loads(Path(f"{out}.progress.json").read_text())["finished"] == 8
-    assert np.isfinite(np.load(out)).all()
+    assert json.loads((out / f"{SCORES}.progress.json").read_text())["finished"] == 8
+    assert np.isfinite(np.load(out / SCORES)).all()
 
 
 def test_a_solution_found_again_warns_again_and_at_the_caller(mlp, tmp_path):
     for _ in range(2):
         influence = run(mlp, solver=MinRes(max_iterations=2, precondition=False))
         with pytest.warns(SolverWarning, match="MinRes: stopped at the limit of 2") as caught:
-            scores = influence.scores(mlp.test_data, out=tmp_path / "scores.npy")
+            scores = influence.scores(mlp.test_data, out=tmp_path / "scores")
         assert [report.converged for report in scores.solves] == [False, False]
         assert len(caught) == 2
         assert {entry.filename for entry in caught} == {__file__}
@@ -315,7 +317,7 @@ def test_the_identity_is_no_failed_solve(mlp, tmp_path):
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            run(mlp, solver=Identity()).scores(mlp.test_data, out=tmp_path / "scores.npy")
+            run(mlp, solver=Identity()).scores(mlp.test_data, out=tmp_path / "scores")
 
 
 def test_few_batches_are_held_at_a_time(mlp, tmp_path):
@@ -338,7 +340,7 @@ def test_few_batches_are_held_at_a_time(mlp, tmp_path):
     many = TensorDataset(x.repeat(20, 1), y.repeat(20))
     loader = DataLoader(many, collate_fn=collate)
     influence = run(mlp)
-    scores = influence.scores(mlp.test_data, of=loader, out=tmp_path / "scores.npy")
+    scores = influence.scores(mlp.test_data, of=loader, out=tmp_path / "scores")
     check(scores.values, influence.scores(mlp.test_data).values.repeat(20), 1e-9)
     assert most <= 4
 
@@ -418,7 +420,7 @@ def test_another_loss_or_another_label_is_another_problem(tmp_path):
             (problem_with(cross_entropy), problem_with(cross_entropy, mended)),
         ]
     ):
-        out = tmp_path / f"{number}.npy"
+        out = tmp_path / str(number)
         first.scores(test, out=out)
         with pytest.raises(ValueError, match="belongs to another problem"):
             second.scores(test, out=out)
