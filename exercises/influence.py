@@ -1,4 +1,4 @@
-"""The six functions of the exercises, to be filled in.
+"""The functions of the exercises, to be filled in.
 
 Run ``pytest exercises`` from the project's root: each function is examined on several small
 problems, and what is wrong with it is said in a sentence. A function that returns nothing counts
@@ -166,5 +166,46 @@ def case2_scores(
     -------
     Tensor
         The scores I_i, ``(m,)``.
+    """
+    ...
+
+
+def chain_scores(
+    g_0: Tensor,
+    h_0: Tensor,
+    g_1: Tensor,
+    h_1: Tensor,
+    alpha: float,
+    g_2: Tensor,
+    f_w_theta: Tensor,
+    f_theta_theta: Tensor,
+    f_w: Tensor,
+    f_theta: Tensor,
+) -> Tensor:
+    """Return the scores of the examples of three stages: optimum, proximal, frozen.
+
+    The first stage trains W and a head U. The second is pulled towards that W with strength α,
+    without a ½, and trains W and a head V. The third keeps this W and trains a head Θ.
+
+    Parameters
+    ----------
+    g_0, h_0
+        First stage: row i is the gradient of one loss, ``(m, p_W + p_U)``, W first; the Hessian of
+        the objective, a mean, ``(p_W + p_U, p_W + p_U)``.
+    g_1, h_1
+        Second stage: ``(n, p_W + p_V)`` and ``(p_W + p_V, p_W + p_V)``, without the pull.
+    alpha
+        The weight α of the pull.
+    g_2
+        Third stage: row i is the gradient of one loss with respect to Θ, ``(l, p_Θ)``.
+    f_w_theta, f_theta_theta
+        Blocks of the Hessian of its objective, ``(p_W, p_Θ)`` and ``(p_Θ, p_Θ)``.
+    f_w, f_theta
+        Gradients of the test functional q, ``(p_W,)`` and ``(p_Θ,)``.
+
+    Returns
+    -------
+    Tensor
+        The scores I_i, those of the first stage first, ``(m + n + l,)``.
     """
     ...

@@ -14,6 +14,7 @@ FUNCTIONS = {
     "conjugate_gradient": "conjugate_gradient",
     "case1": "case1_scores",
     "case2": "case2_scores",
+    "chain": "chain_scores",
 }
 
 

@@ -24,6 +24,7 @@ from torch.func import grad, hessian, jacrev, jvp, vjp
 
 from msif_lib.study import grader
 from msif_lib.study.exercises import EXERCISES
+from msif_lib.study.exercises.chains import ThreeStages
 from msif_lib.study.exercises.one_stage import LinearModel
 from msif_lib.study.exercises.two_stages import Blocks
 from msif_lib.study.grader import check, relative_error
@@ -771,6 +772,143 @@ WRONG["case2"] = {
 }
 
 
+# --- three stages --------------------------------------------------------------------------------
+
+
+def chain(
+    g_0,
+    h_0,
+    g_1,
+    h_1,
+    alpha,
+    g_2,
+    f_wt,
+    f_tt,
+    f_w,
+    f_t,
+    *,
+    cross=1.0,
+    pull=2.0,
+    head_pull=0.0,
+    front=2.0,
+    front_is=None,
+    head=solve,
+    middle=solve,
+    first=solve,
+    own=lambda k, lam, u, handed: u,
+    pad=lambda vector, zeros: torch.cat([vector, zeros]),
+    between=lambda handed, lam: handed,
+    finish=lambda scores: torch.cat(scores),
+):
+    p = len(f_w)
+    u_2 = head(f_tt, f_t)
+    lam = f_w - cross * f_wt @ u_2
+    padded = pad(lam, lam.new_zeros(len(h_1) - p))
+    k = h_1 + alpha * torch.diag(lam.new_tensor([pull] * p + [head_pull] * (len(h_1) - p)))
+    u_1 = middle(k, padded)
+    handed = (front * alpha if front_is is None else front_is) * u_1[:p]
+    direction = own(k, padded, u_1, pad(handed, lam.new_zeros(len(h_1) - p)))
+    handed = between(handed, lam)
+    u_0 = first(h_0, pad(handed, handed.new_zeros(len(h_0) - p)))
+    return finish([-g_0 @ u_0, -g_1 @ direction, -g_2 @ u_2])
+
+
+def chain_at_once(g_0, h_0, g_1, h_1, alpha, g_2, f_wt, f_tt, f_w, f_t):
+    """One system for all three trainings, the chain rule as a block triangular matrix."""
+    p, a, b = len(f_w), len(h_0), len(h_1)
+    system = torch.block_diag(h_0, h_1, f_tt)
+    at_1, at_2 = slice(a, a + p), slice(a + b, None)
+    system[at_1, at_1] += 2 * alpha * torch.eye(p, dtype=f_w.dtype)
+    system[at_1, :p] = -2 * alpha * torch.eye(p, dtype=f_w.dtype)
+    system[at_2, at_1] = f_wt.T
+    of_q = torch.cat([f_w.new_zeros(a), f_w, f_w.new_zeros(b - p), f_t])
+    return -torch.block_diag(g_0, g_1, g_2) @ solve(system.T, of_q)
+
+
+def chain_forwards(g_0, h_0, g_1, h_1, alpha, g_2, f_wt, f_tt, f_w, f_t):
+    p = len(f_w)
+    k = h_1.clone()
+    k.diagonal()[:p] += 2 * alpha
+
+    def of_w(d_w):
+        return f_w @ d_w - f_t @ solve(f_tt, f_wt.T @ d_w)
+
+    s = solve(h_0, g_0.T)[:p]
+    d_w = -torch.linalg.inv(k)[:p, :p] @ (2 * alpha * s)
+    return [*of_w(d_w), *of_w(-solve(k, g_1.T)[:p]), *(-f_t @ solve(f_tt, g_2.T))]
+
+
+def head_handed_back(g_0, h_0, g_1, h_1, alpha, g_2, f_wt, f_tt, f_w, f_t):
+    """Wants as many parameters in the first head as in the second."""
+    p = len(f_w)
+    pull = torch.zeros(len(h_1), dtype=f_w.dtype)
+    pull[:p] = 2 * alpha
+    u_2 = solve(f_tt, f_t)
+    u_1 = solve(h_1 + pull.diag(), torch.cat([f_w - f_wt @ u_2, 0 * pull[p:]]))
+    u_0 = solve(h_0, torch.cat([2 * alpha * u_1[:p], u_1[p:]]))
+    return -torch.cat([g_0 @ u_0, g_1 @ u_1, g_2 @ u_2])
+
+
+def with_f_w(*a):
+    """The middle stage's own examples scored as if q stood right behind it."""
+    w = len(a[8])
+    return chain(*a, own=lambda k, lam, u, handed: solve(k, torch.cat([a[8], 0 * lam[w:]])))
+
+
+RIGHT["chain"] = {
+    "one walk back": chain,
+    "one system": chain_at_once,
+    "forwards": chain_forwards,
+    "single precision": lambda *a: chain(*(x.float() if torch.is_tensor(x) else x for x in a)),
+    "a column": lambda *a: chain(*a)[:, None],
+    "NumPy": lambda *a: chain(*a).numpy(),
+    "divided by 2α": lambda *a: chain(*a, front_is=1.0, between=lambda b, _: 2 * a[4] * b),
+}
+WRONG["chain"] = {
+    "sign": ("sign", lambda *a: -chain(*a)),
+    "1/N": ("1/N applied", partly(chain, finish=lambda s: torch.cat([x / len(x) for x in s]))),
+    "removal": (
+        "removal effect, not score",
+        partly(chain, finish=lambda s: -torch.cat([x / len(x) for x in s])),
+    ),
+    "no cross term": ("missing cross term", partly(chain, cross=0.0)),
+    "cross term added": ("cross term with the wrong sign", partly(chain, cross=-1.0)),
+    "no inverse of the head": ("missing F_ΘΘ⁻¹", partly(chain, head=lambda h, x: x)),
+    "no 2α": ("missing 2α", partly(chain, front_is=1.0)),
+    "α": ("α instead of 2α", partly(chain, front=1.0)),
+    "no 2α in K": ("missing 2α in K", partly(chain, pull=0.0)),
+    "α in both": ("α instead of 2α in both places", partly(chain, pull=1.0, front=1.0)),
+    "no 2α at all": ("missing 2α in both places", partly(chain, pull=0.0, front_is=1.0)),
+    "all of K": ("2α on the head as well", partly(chain, head_pull=2.0)),
+    "scored with what is handed back": (
+        "own scores with what is handed back",
+        partly(chain, own=lambda k, lam, u, handed: handed),
+    ),
+    "scored with its cotangent": (
+        "own scores with λ, not u",
+        partly(chain, own=lambda k, lam, u, handed: lam),
+    ),
+    "scored with another cotangent": ("own scores with f_W", with_f_w),
+    "skipped": ("middle stage skipped", partly(chain, between=lambda handed, lam: lam)),
+    "zeros first": (
+        "zeros before W",
+        partly(chain, pad=lambda vector, zeros: torch.cat([zeros, vector])),
+    ),
+    "K not solved": ("missing K⁻¹", partly(chain, middle=lambda h, x: x)),
+    "identity": ("missing H_0⁻¹", partly(chain, first=lambda h, x: x)),
+    "backwards": (
+        "stages in reverse order",
+        partly(chain, finish=lambda scores: torch.cat(scores[::-1])),
+    ),
+    "head handed back": ("head's part handed back", head_handed_back),
+    "no padding": ("exception", partly(chain, pad=lambda vector, zeros: vector)),
+    "first stage only": ("wrong shape", partly(chain, finish=lambda scores: scores[0])),
+    "three tensors": ("wrong type", partly(chain, finish=tuple)),
+    "sign, no cross term": ("missing cross term; sign", lambda *a: -chain(*a, cross=0.0)),
+    "no cross term, no 2α": ("not recognised", partly(chain, cross=0.0, front_is=1.0)),
+}
+
+
 # --- the tests -----------------------------------------------------------------------------------
 
 
@@ -931,6 +1069,30 @@ def test_the_truth_of_two_stages_is_that_of_trained_ones(
     assert relative_error(problem.truth, exact.numpy()) < 1e-6
 
 
+@pytest.mark.parametrize("seed", [520, 521])
+def test_the_truth_of_three_stages_is_that_of_trained_ones(seed: int) -> None:
+    w, a = 3, ThreeStages.random((5, 4, 6), (3, 2, 4, 3), 0.3, seed)
+    rng = np.random.default_rng(0)
+    slopes = [rng.standard_normal(len(h)) for h in (a.h_0, a.h_1, a.f_tt)]
+
+    def q(epsilon: float, stage: int, example: int) -> float:
+        """Minimise three quadratics in a row, one example's weight changed."""
+        linear = [slope.copy() for slope in slopes]
+        linear[stage] += epsilon * (a.g_0, a.g_1, a.g_2)[stage][example]
+        x_0 = -np.linalg.solve(a.h_0, linear[0])
+        linear[1][:w] -= 2 * a.alpha * x_0[:w]
+        x_1 = -np.linalg.solve(a.k(2 * a.alpha), linear[1])
+        theta = -np.linalg.solve(a.f_tt, linear[2] + a.f_wt.T @ x_1[:w])
+        return float(a.f_w @ x_1[:w] + a.f_t @ theta)
+
+    differences = [
+        (q(1e-3, stage, i) - q(-1e-3, stage, i)) / 2e-3
+        for stage, gradients in enumerate((a.g_0, a.g_1, a.g_2))
+        for i in range(len(gradients))
+    ]
+    assert relative_error(np.array(differences), a.problem().truth) < 1e-9
+
+
 # --- the cells of the chapters -------------------------------------------------------------------
 
 
@@ -1018,6 +1180,19 @@ def case2_scores(
     pull = 2 * alpha * torch.eye(len(b), dtype=b.dtype)
     s = torch.linalg.solve(hessian_g, gradients.T)[: len(b)]
     return -b @ torch.linalg.solve(schur + pull, 2 * alpha * s)
+
+
+def chain_scores(g_0, h_0, g_1, h_1, alpha, g_2, f_w_theta, f_theta_theta, f_w, f_theta):
+    p = len(f_w)
+    u_2 = torch.linalg.solve(f_theta_theta, f_theta)
+    handed = torch.zeros(len(h_1), dtype=f_w.dtype)
+    handed[:p] = f_w - f_w_theta @ u_2
+    pull = torch.zeros_like(handed)
+    pull[:p] = 2 * alpha
+    u_1 = torch.linalg.solve(h_1 + pull.diag(), handed)
+    first = torch.zeros(len(h_0), dtype=f_w.dtype)
+    first[:p] = (pull * u_1)[:p]
+    return -torch.cat([g_0 @ torch.linalg.solve(h_0, first), g_1 @ u_1, g_2 @ u_2])
 """
 
 
@@ -1047,14 +1222,14 @@ def copy(tmp_path: Path) -> Path:
 
 def test_untouched_exercises_are_skipped(copy: Path) -> None:
     text = run_exercises(copy)
-    assert re.search(r"\b6 skipped\b", text) and "not done yet" in text, text
+    assert re.search(rf"\b{len(EXERCISES)} skipped\b", text) and "not done yet" in text, text
     assert "failed" not in text
 
 
 def test_right_solutions_pass(copy: Path) -> None:
     (copy / "influence.py").write_text(SOLUTIONS)
     text = run_exercises(copy)
-    assert re.search(r"\b6 passed\b", text), text
+    assert re.search(rf"\b{len(EXERCISES)} passed\b", text), text
 
 
 def test_a_wrong_solution_is_told_what_is_wrong(copy: Path) -> None:
@@ -1062,7 +1237,7 @@ def test_a_wrong_solution_is_told_what_is_wrong(copy: Path) -> None:
         SOLUTIONS.replace("return -b @ s\n", "return b @ s / len(gradients)\n")
     )
     text = run_exercises(copy)
-    assert re.search(r"\b1 failed, 5 passed\b", text), text
+    assert re.search(rf"\b1 failed, {len(EXERCISES) - 1} passed\b", text), text
     assert "case1: not right yet (removal effect, not score)" in text
     assert "Traceback" not in text and "def test_exercise" not in text
 

@@ -1,6 +1,6 @@
 """Checks a student's function and says which kind of mistake it makes.
 
-The exercises of the book ask for six functions. `check` runs one of them on several small problems
+The exercises of the book ask for functions. `check` runs one of them on several small problems
 whose answer is known (:mod:`msif_lib.study.exercises`), and compares the answer with the right one
 and with those that the usual mistakes lead to: a wrong sign, a missing 1/m, α in place of 2α, a
 forgotten cross term. An answer is right if it is near the right one on every problem, whatever the
@@ -154,7 +154,7 @@ def check(name: str, function: Callable[..., Any]) -> Verdict:
     ----------
     name
         Which exercise: ``"hvp"``, ``"conjugate_gradient"``, ``"influence"``, ``"case1"``,
-        ``"case2"`` or ``"retraining"``. Arguments and result of each are described in
+        ``"case2"``, ``"chain"`` or ``"retraining"``. Arguments and result of each are described in
         ``exercises/influence.py`` and in the chapters.
     function
         The student's function; called with positional arguments.

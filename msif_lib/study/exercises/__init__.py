@@ -9,6 +9,7 @@ numbers of parameters, 2α far from 1, few examples, a strong weight decay.
 
 from __future__ import annotations
 
+from msif_lib.study.exercises.chains import CHAIN
 from msif_lib.study.exercises.one_stage import INFLUENCE, RETRAINING
 from msif_lib.study.exercises.problem import Array, Endless, Exercise, Outcome, Problem
 from msif_lib.study.exercises.solvers import CONJUGATE_GRADIENT, HVP
@@ -22,5 +23,6 @@ EXERCISES = {
     "influence": INFLUENCE,
     "case1": CASE1,
     "case2": CASE2,
+    "chain": CHAIN,
     "retraining": RETRAINING,
 }
