@@ -12,14 +12,10 @@ where J_i is the Jacobian of the model's outputs and ℓ'' the Hessian of the lo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import starmap
 from typing import Literal
 
-import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
@@ -34,114 +30,17 @@ from msif_lib.stage import Stage
 from msif_lib.support.data import Batch
 from msif_lib.support.functional import (
     GraphNotCountable,
-    explain_missing_derivatives,
     require_second_derivatives,
     saved_bytes,
 )
+from msif_lib.support.operators import LinearOperator, differentiating
 from msif_lib.support.parameters import Block
 
 #: The blocks of parameters that have a name.
 BlockName = Literal["joint", "embedding", "head", "trained"]
 
-# Columns of the identity multiplied at once by dense().
-_DENSE_COLUMNS = 64
 # Bytes of a preconditioner's rows.
 _PRECONDITIONER_MEMORY = 2**28
-
-
-@contextmanager
-def _differentiating() -> Iterator[None]:
-    """Record graphs, whatever the caller has switched off: without them terms would be missing."""
-    with torch.inference_mode(False), torch.enable_grad(), explain_missing_derivatives():
-        yield
-
-
-class LinearOperator(ABC):
-    """A real matrix known by its products: ``A @ x`` for x of shape ``(p,)`` or ``(p, k)``.
-
-    Attributes
-    ----------
-    shape
-        Rows and columns.
-    dtype, device
-        Those of the stage's parameters; vectors must have the same.
-    """
-
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    _matrix: Tensor | None = None
-
-    @abstractmethod
-    def _product(self, columns: Tensor) -> Tensor:
-        """A times the columns ``(p, k)``; each operator's own."""
-
-    @property
-    def T(self) -> LinearOperator:
-        """The transpose; a symmetric operator is its own."""
-        return self
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        """The product A x.
-
-        Parameters
-        ----------
-        x
-            One vector ``(p,)`` or several as columns ``(p, k)``.
-
-        Returns
-        -------
-        Tensor
-            ``(q,)`` or ``(q, k)``.
-
-        Raises
-        ------
-        ValueError
-            `x` has another length, dtype or device than the operator.
-        """
-        if x.dim() not in (1, 2) or x.shape[0] != self.shape[1]:
-            raise ValueError(
-                f"operator of shape {self.shape} cannot be applied to {tuple(x.shape)}"
-            )
-        if x.dtype != self.dtype or x.device.type != self.device.type:
-            raise ValueError(
-                f"operator is {self.dtype} on {self.device}, the vector {x.dtype} on {x.device}"
-            )
-        columns = x[:, None] if x.dim() == 1 else x
-        with _differentiating():
-            product = self._product(columns.detach())
-        return product[:, 0] if x.dim() == 1 else product
-
-    def dense(self) -> Tensor:
-        """The matrix itself, one product a column; kept, so that a second call is free."""
-        if self._matrix is None:
-            self._matrix = self._leading(self.shape[1])
-        return self._matrix
-
-    def _leading(self, count: int) -> Tensor:
-        """The first columns, one product each."""
-        eye = torch.eye(self.shape[1], count, dtype=self.dtype, device=self.device)
-        return torch.cat([self @ columns for columns in eye.split(_DENSE_COLUMNS, 1)], 1)
-
-    def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
-        """As a SciPy ``LinearOperator`` on NumPy arrays, for SciPy's solvers."""
-
-        def product(operator: LinearOperator) -> Callable[[np.ndarray], np.ndarray]:
-            def apply(x: np.ndarray) -> np.ndarray:
-                vector = torch.as_tensor(np.array(x), dtype=self.dtype, device=self.device)
-                return (operator @ vector).cpu().numpy()
-
-            return apply
-
-        forward, adjoint = product(self), product(self.T)
-        return scipy.sparse.linalg.LinearOperator(
-            self.shape,
-            matvec=forward,
-            rmatvec=adjoint,
-            matmat=forward,
-            rmatmat=adjoint,
-            dtype=np.dtype(str(self.dtype).removeprefix("torch.")),
-        )
 
 
 class _SecondDerivative(LinearOperator):
@@ -169,7 +68,7 @@ class _SecondDerivative(LinearOperator):
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
-        with _differentiating():
+        with differentiating():
             # The graphs lead back to these leaves alone: where only the head is asked for, the
             # embedding is evaluated as a constant.
             take = stage.parameters.take
@@ -327,7 +226,7 @@ class Hessian(_SecondDerivative):
         room = _PRECONDITIONER_MEMORY // diagonal.nbytes
         if room < FEWEST_ROWS or self.dtype.itemsize < 4:
             return None
-        with _differentiating():
+        with differentiating():
             rows = gauss_newton_rows(self.stage, self._at, min(MOST_ROWS, room), self.block)
         return None if rows is None else GaussNewtonPreconditioner.from_rows(rows, diagonal)
 

@@ -1,4 +1,4 @@
-"""What a stage takes from the one before it, by name, and the way back."""
+"""Between two stages: what the second takes from the first, by name, and the way back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from msif_lib.links import Frozen, Link
 from msif_lib.stage import Stage
 from msif_lib.support.parameters import Block
+
+# Examples whose gradients give the size that a stage's own gradient is held against.
+_COMPARED = 32
 
 
 class HandOver:
@@ -65,7 +69,7 @@ class HandOver:
         if self.before.composed and self.after.composed and not self.before.hands_on:
             ours = [self.before.names[number] for number in self.before.shared]
             extra = [name for name in ours if name not in self._wanted]
-            if not missing and not extra and ours != self._wanted:
+            if not missing and not extra and ours != self._wanted[: len(ours)]:
                 raise ValueError(f"{same}the names differ: in another order")
         if missing or extra:
             odd = sorted(name.removeprefix("embedding.") for name in {*missing, *extra})
@@ -109,3 +113,50 @@ class HandOver:
             return self.before.parameters.put(handed, self._numbers)
         pull: Any = vjp(self.value, vector)[1]
         return torch.stack([pull(column)[0] for column in handed.unbind(1)], 1)
+
+
+def check_start(over: HandOver, before: Link, link: Link, first: str, second: str) -> None:
+    """A stage must have begun, or stayed, where the one before it ended."""
+    given, stage = over.value(before.vector()), link.stage
+    theirs = set(before.stage.parameters.tensors)
+    moved = [n for n in stage.shared if n in link.block]
+    same = [stage.names[n] for n in moved if stage.parameters.tensors[n] in theirs]
+    if same and before.reads_modules:
+        raise ValueError(
+            f"{type(link).__name__} needs {same[0]} before and after finetuning, but both stages "
+            f"hold the same module; give {second} a copy (copy.deepcopy) made before finetuning"
+        )
+    start = link.begins_at()
+    if start is not None:
+        if not torch.equal(stage.split(start)[0], given):
+            raise ValueError(
+                f"the path of {second} does not start at the parameters with which {first} ended; "
+                "finetune from there, or give the stage and path that it did start from"
+            )
+        return
+    kept = stage.parameters.take(torch.cat([given, stage.head_vector()]), link.kept)
+    if not torch.equal(kept, stage.parameters.take(link.vector(), link.kept)):
+        raise ValueError(
+            f"case 1 keeps the embedding fixed, but the parameters of {second}.embedding "
+            f"differ from those of {first}.embedding; for an embedding that was updated use "
+            "UpdatedEmbeddingInfluence"
+            if isinstance(link, Frozen)
+            else f"{second} does not train {[stage.names[n] for n in link.kept]}, but they differ "
+            f"from those with which {first} ended; say what was trained with trained="
+        )
+    if isinstance(link, Frozen) and not over.same_buffers():
+        raise ValueError(
+            f"case 1 keeps the embedding fixed, but the buffers of {second}.embedding (running "
+            f"statistics, say) differ from those of {first}.embedding"
+        )
+
+
+def gradient_size(link: Link) -> float:
+    """Root mean square of the norms of some examples' gradients over what is trained."""
+    stage = link.stage
+    part = stage.section(range(0, stage.size, -(-stage.size // _COMPARED)))
+    blocks = (
+        stage.parameters.take(rows.T, link.block).square().sum(0)
+        for rows in part.per_example_gradients()
+    )
+    return float(part.reader.gather(blocks, stage.vector()[:0]).mean().sqrt())

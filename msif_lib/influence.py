@@ -17,7 +17,7 @@ through one link after the other (:mod:`msif_lib.links`). The three names of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.descent import Keep
-from msif_lib.handover import HandOver
+from msif_lib.handover import HandOver, check_start, gradient_size
+from msif_lib.kept import Kept, file_of
 from msif_lib.links import (
     Asked,
     Frozen,
@@ -39,147 +39,17 @@ from msif_lib.links import (
     Unrolled,
     check_solver,
 )
-from msif_lib.solvers import Identity, MinRes, Solver, SolveReport, SolverWarning
+from msif_lib.scores import Scores as Scores
+from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
-from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Batch
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.reader import Reader
-from msif_lib.support.storage import begun, check_folder, kept, rows_kept, sweep
-
-# Examples whose gradients give the size that a stage's own gradient is held against.
-_COMPARED = 32
+from msif_lib.support.storage import begun, check_folder, rows_kept, sweep
 
 
 class StationarityWarning(UserWarning):
     """A stage is not at a stationary point of its objective, which its link assumes."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Influence scores of a stage's N examples.
-
-    Attributes
-    ----------
-    values
-        I_i = dq/dε, ``(N,)``, or ``(N, T)`` one column a test example; in units of the test
-        loss. Positive: the example hurts.
-    training_size
-        The size N of the training set that the removal of an example is measured against.
-    solves
-        One report an inverse-Hessian product of this stage, in the order they were done.
-    gradient_norms
-        Norm of each stage's gradient, by stage: how near the models are to their optima.
-    of_training_set
-        Whether the scored examples are the training set itself, on one and the same functional.
-    weights
-        w_i of the scored examples, ``(N,)``; None: all 1.
-    """
-
-    values: Tensor
-    training_size: int
-    solves: tuple[SolveReport, ...]
-    gradient_norms: dict[str, float]
-    of_training_set: bool = True
-    weights: Tensor | None = None
-
-    @property
-    def removal_effect(self) -> Tensor:
-        """−w_i I_i/N: predicted change of q when z_i is taken out, all else being equal."""
-        return -self._weighted() / self.training_size
-
-    @property
-    def removal_effect_renormalised(self) -> Tensor:
-        """Predicted change of q when the mean is taken over the other N − 1 examples.
-
-        Differs from :attr:`removal_effect` where there is a regularizer: the centred gradient
-        ∇ℓ_i − mean_j ∇ℓ_j stands in place of ∇ℓ_i.
-
-        Raises
-        ------
-        ValueError
-            The scores are of other examples than the training set, or it has one example only;
-            the examples have weights.
-        """
-        return -self._centred() / self._left(1)
-
-    def group(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Influence of a set: the sum of its examples' (the paper's eq. 8), ``()`` or ``(T,)``."""
-        return self.values[self._chosen(indices)].sum(0)
-
-    def group_effect(self, indices: Sequence[int] | Tensor, renormalise: bool = False) -> Tensor:
-        """Predicted change of q when the set is taken out.
-
-        Parameters
-        ----------
-        indices
-            The examples of the set, s of them.
-        renormalise
-            False: the others keep weight 1/N. True: the mean is over the other N − s.
-
-        Returns
-        -------
-        Tensor
-            ``()`` or ``(T,)``.
-
-        Raises
-        ------
-        ValueError
-            The set repeats an example, names one that has no score or, where renormalised,
-            leaves none; renormalised, and the examples have weights.
-        """
-        chosen = self._chosen(indices)
-        if not renormalise:
-            return -self._weighted()[chosen].sum(0) / self.training_size
-        return -self._centred()[chosen].sum(0) / self._left(len(chosen))
-
-    def _weighted(self) -> Tensor:
-        if self.weights is None:
-            return self.values
-        weights = self.weights.to(self.values)
-        return self.values * (weights[:, None] if self.values.dim() == 2 else weights)
-
-    def _chosen(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """The indices of a set as a tensor; a Boolean mask is turned into indices."""
-        chosen, size = torch.as_tensor(indices, device=self.values.device), len(self.values)
-        if not chosen.numel():
-            chosen = chosen.long()
-        if chosen.is_floating_point() or chosen.dim() != 1:
-            raise ValueError("indices must be a vector of whole numbers or a Boolean mask")
-        if chosen.dtype == torch.bool:
-            if len(chosen) != size:
-                raise ValueError(f"a mask of length {len(chosen)} does not fit {size} scores")
-            return chosen.nonzero()[:, 0]
-        chosen = chosen.long()
-        if ((chosen < -size) | (chosen >= size)).any():
-            raise ValueError(f"indices name an example outside 0..{size - 1}")
-        chosen = chosen % size  # −1 is the last
-        if len(chosen.unique()) != len(chosen):
-            raise ValueError("indices name an example twice; a set holds each example once")
-        return chosen
-
-    def _left(self, removed: int) -> int:
-        """Number of training examples after a removal."""
-        if removed >= self.training_size:
-            raise ValueError(
-                f"removing {removed} of {self.training_size} training examples leaves none to "
-                "take the mean over; use the fixed-weight effect (renormalise=False)"
-            )
-        return self.training_size - removed
-
-    def _centred(self) -> Tensor:
-        if not self.of_training_set:
-            raise ValueError(
-                "the renormalised removal effect needs the scores of the whole training set on one "
-                "test functional; these are of other examples (of=...) or self-influences"
-            )
-        if self.weights is not None:
-            raise ValueError(
-                "the renormalised removal effect is a mean over the others, and these examples "
-                "have weights; use removal_effect, or group_effect(renormalise=False)"
-            )
-        return self.values - self.values.mean(0)
 
 
 class Chain:
@@ -274,7 +144,7 @@ class Chain:
                 "not require a gradient); say what was trained with trained="
             )
         for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
-            _check_start(over, *pair, *called)
+            check_start(over, *pair, *called)
 
     def _require_stationary(
         self, link: Link, slope: Tensor | None, name: str, tolerance: float
@@ -284,7 +154,7 @@ class Chain:
         norm = self.gradient_norms[name] = float(slope.norm())
         if norm == 0 or tolerance == float("inf"):
             return
-        size = _gradient_size(link)
+        size = gradient_size(link)
         if norm > tolerance * size:
             compared = f", {norm / size:.1e} of one example's" if size else ""
             warn_caller(
@@ -418,11 +288,11 @@ class Chain:
             )
         scored = {
             number: self.links[number].stage.with_data(
-                data, "of", folder is None or not begun(_file(folder, number))
+                data, "of", folder is None or not begun(file_of(folder, number))
             )
             for number, data in chosen.items()
         }
-        kept = None if folder is None else _Kept(folder, self._keys(test, per_test, scored))
+        kept = None if folder is None else Kept(folder, self._keys(test, per_test, scored))
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
 
     def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
@@ -443,7 +313,7 @@ class Chain:
 
     def _scores(self, call: _Call, number: int, pulled: PulledBack) -> Scores:
         """−∇ℓ_iᵀ u of the examples of a stage, or the scores that its link gave."""
-        path = None if call.kept is None else _file(call.kept.folder, number)
+        path = None if call.kept is None else file_of(call.kept.folder, number)
         stage, own = self.links[number].stage, number not in call.scored
 
         def columns(found: Tensor) -> Tensor:
@@ -534,53 +404,6 @@ class Chain:
         return Scores(values, stage.size, tuple(reports), dict(self.gradient_norms), False)
 
 
-def _check_start(over: HandOver, before: Link, link: Link, first: str, second: str) -> None:
-    """A stage must have begun, or stayed, where the one before it ended."""
-    given, stage = over.value(before.vector()), link.stage
-    theirs = set(before.stage.parameters.tensors)
-    moved = [n for n in stage.shared if n in link.block]
-    same = [stage.names[n] for n in moved if stage.parameters.tensors[n] in theirs]
-    if same and before.reads_modules:
-        raise ValueError(
-            f"{type(link).__name__} needs {same[0]} before and after finetuning, but both stages "
-            f"hold the same module; give {second} a copy (copy.deepcopy) made before finetuning"
-        )
-    start = link.begins_at()
-    if start is not None:
-        if not torch.equal(stage.split(start)[0], given):
-            raise ValueError(
-                f"the path of {second} does not start at the parameters with which {first} ended; "
-                "finetune from there, or give the stage and path that it did start from"
-            )
-        return
-    kept = stage.parameters.take(torch.cat([given, stage.head_vector()]), link.kept)
-    if not torch.equal(kept, stage.parameters.take(link.vector(), link.kept)):
-        raise ValueError(
-            f"case 1 keeps the embedding fixed, but the parameters of {second}.embedding "
-            f"differ from those of {first}.embedding; for an embedding that was updated use "
-            "UpdatedEmbeddingInfluence"
-            if isinstance(link, Frozen)
-            else f"{second} does not train {[stage.names[n] for n in link.kept]}, but they differ "
-            f"from those with which {first} ended; say what was trained with trained="
-        )
-    if isinstance(link, Frozen) and not over.same_buffers():
-        raise ValueError(
-            f"case 1 keeps the embedding fixed, but the buffers of {second}.embedding (running "
-            f"statistics, say) differ from those of {first}.embedding"
-        )
-
-
-def _gradient_size(link: Link) -> float:
-    """Root mean square of the norms of some examples' gradients over what is trained."""
-    stage = link.stage
-    part = stage.section(range(0, stage.size, -(-stage.size // _COMPARED)))
-    blocks = (
-        stage.parameters.take(rows.T, link.block).square().sum(0)
-        for rows in part.per_example_gradients()
-    )
-    return float(part.reader.gather(blocks, stage.vector()[:0]).mean().sqrt())
-
-
 @dataclass(frozen=True)
 class _Call:
     """What is asked of a chain: ∇q, whether by test, other examples by stage, and what is kept."""
@@ -588,58 +411,11 @@ class _Call:
     gradients: Callable[[], Tensor]
     per_test: bool
     scored: Mapping[int, Stage]
-    kept: _Kept | None
+    kept: Kept | None
 
 
 def _late(link: Link, cotangent: Callable[[], Tensor], asked: Asked) -> PulledBack:
     return link.pull_back(cotangent(), asked)
-
-
-def _file(folder: Path, number: int) -> Path:
-    return folder / f"stage-{number}.npy"
-
-
-class _Kept:
-    """What the links gave, in a folder, each under its key."""
-
-    def __init__(self, folder: Path, keys: Sequence[str]) -> None:
-        self.folder, self._keys = folder, keys
-
-    def walk(self, number: int) -> Keep:
-        """Where the walk back through a stage is kept after each part of it."""
-        return _Walk(Checkpoint(self.folder), f"stage-{number}.npy.walk-{self._keys[number][:16]}")
-
-    def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
-        """What a link gave, or gives now."""
-
-        def plain() -> dict[str, Any]:
-            pulled = make()
-            reports = [asdict(report) for report in pulled.reports]
-            return {
-                "handed": pulled.handed, "direction": pulled.direction, "scores": pulled.scores,
-                "reports": reports,
-            }  # fmt: skip
-
-        path = _file(self.folder, number)
-        solved = begun(path)
-        known = kept(path, self._keys[number], plain, reader)
-        reports = tuple(SolveReport(**report) for report in known.pop("reports"))
-        for report in reports:
-            if solved and not report.converged and report.solver != Identity.__name__:
-                warn_caller(f"{report.solver}: {report.message}", SolverWarning)
-        return PulledBack(**known, reports=reports)
-
-
-@dataclass(frozen=True)
-class _Walk:
-    checkpoint: Checkpoint
-    name: str
-
-    def get(self) -> dict[str, Tensor] | None:
-        return self.checkpoint.get(self.name)
-
-    def put(self, tensors: dict[str, Tensor]) -> None:
-        self.checkpoint.put(self.name, tensors)
 
 
 class _OfFirst(Chain):

@@ -25,9 +25,10 @@ LAYERS = [
     ["stage"],
     ["preconditioner", "minres"],
     ["curvature", "solvers", "lanczos", "training", "descent"],
-    ["links"],
+    ["links", "scores"],
+    ["handover", "kept"],
     ["influence"],
-    ["retraining", "evaluation"],
+    ["retraining", "repetition", "evaluation"],
     ["__init__"],  # the public names
     ["scale"],
     ["study"],

@@ -1,0 +1,66 @@
+"""What the links of a chain gave, kept in a folder, so that an interrupted call goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from msif_lib.descent import Keep
+from msif_lib.links import PulledBack
+from msif_lib.solvers import Identity, SolveReport, SolverWarning
+from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.notices import warn_caller
+from msif_lib.support.reader import Reader
+from msif_lib.support.storage import begun, kept
+
+
+def file_of(folder: Path, number: int) -> Path:
+    """Where the scores of a stage are written."""
+    return folder / f"stage-{number}.npy"
+
+
+class Kept:
+    """What the links gave, in a folder, each under its key."""
+
+    def __init__(self, folder: Path, keys: Sequence[str]) -> None:
+        self.folder, self._keys = folder, keys
+
+    def walk(self, number: int) -> Keep:
+        """Where the walk back through a stage is kept after each part of it."""
+        return _Walk(Checkpoint(self.folder), f"stage-{number}.npy.walk-{self._keys[number][:16]}")
+
+    def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
+        """What a link gave, or gives now."""
+
+        def plain() -> dict[str, Any]:
+            pulled = make()
+            reports = [asdict(report) for report in pulled.reports]
+            return {
+                "handed": pulled.handed, "direction": pulled.direction, "scores": pulled.scores,
+                "reports": reports,
+            }  # fmt: skip
+
+        path = file_of(self.folder, number)
+        solved = begun(path)
+        known = kept(path, self._keys[number], plain, reader)
+        reports = tuple(SolveReport(**report) for report in known.pop("reports"))
+        for report in reports:
+            if solved and not report.converged and report.solver != Identity.__name__:
+                warn_caller(f"{report.solver}: {report.message}", SolverWarning)
+        return PulledBack(**known, reports=reports)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    checkpoint: Checkpoint
+    name: str
+
+    def get(self) -> dict[str, Tensor] | None:
+        return self.checkpoint.get(self.name)
+
+    def put(self, tensors: dict[str, Tensor]) -> None:
+        self.checkpoint.put(self.name, tensors)
