@@ -230,7 +230,7 @@ def measure_memory(folder: str, options: argparse.Namespace) -> dict[str, float]
         stage = Stage(embedding, head, cross_entropy, data, l2=L2)
         solver = MinRes(tol=1e-6, max_iterations=options.iterations)
         influence = SingleStageInfluence(stage, solver, progress=False)
-        scores = influence.scores(test, out=path / "scores.npy")
+        scores = influence.scores(test, out=path / "scores")
     assert len(scores.values) == len(data)
     return {
         "examples": len(data),

@@ -159,7 +159,7 @@ def measure(model: str, options: argparse.Namespace) -> dict[str, Any]:
         "ratio": statistics.median(score / once for once, score in times),
         "ratio_low": min(score / once for once, score in times),
         "ratio_high": max(score / once for once, score in times),
-        "forward_mode": stage.has_forward_mode,
+        "forward_mode": stage.can.forward_mode,
         "peak_bytes": peak,
         "peak_over_parameters": peak / (4 * parameters),
         "threads": torch.get_num_threads(),

@@ -59,16 +59,16 @@ def work(out: Path, problem: str, products: int) -> None:
     times: dict[str, float] = {}
 
     def timed(name: str, action: Callable[[], Any], repeats: int = 1) -> Any:
-        stage.all_reduce(torch.zeros(1, device=device))  # all begin together
+        stage.reader.all_reduce(torch.zeros(1, device=device))  # all begin together
         begin = time.perf_counter()
         for _ in range(repeats):
             result = action()
-        stage.all_reduce(torch.zeros(1, device=device))
+        stage.reader.all_reduce(torch.zeros(1, device=device))
         times[name] = (time.perf_counter() - begin) / repeats
         return result
 
     def scores(v: Tensor) -> Tensor:
-        return stage.gather(stage.directional_derivatives(v), v.shape[1])
+        return stage.reader.gather(stage.directional_derivatives(v), v[:0])
 
     b = stage.gradient()[:, None]
     generator = torch.Generator().manual_seed(spec.seed)

@@ -278,7 +278,7 @@ def test_as_a_stage_scores_and_products_are_those_of_plain_differentiation(which
         [torch.autograd.grad(loss, theta, retain_graph=True)[0] for loss in losses(theta)]
     )
     v = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=F64)
-    assert stage.has_forward_mode
+    assert stage.can.forward_mode
     close(torch.cat(list(stage.directional_derivatives(v[:, None])))[:, 0], rows @ v)
     close(torch.cat(list(stage.per_example_gradients())), rows)
 
