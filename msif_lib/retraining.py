@@ -1,62 +1,59 @@
-"""The ground truth: leave examples out of pretraining and train both stages again.
+"""The ground truth: leave examples out of a stage of a chain and train again what depends on it.
 
-Removal of a set S of s pretraining examples has two readings, and a truth must say which it is:
+Removal of a set S of s of a stage's N examples has two readings, and a truth must say which it is:
 
-    fixed weight   (1/m) Σ_{j∉S} g_j + R_G       the others keep weight 1/m (ε = −1/m in eq. 4)
-    renormalised   1/(m−s) Σ_{j∉S} g_j + R_G     a mean over the others, as a user would retrain
+    fixed weight   (1/N) Σ_{j∉S} w_j ℓ_j + R     the others keep their weight (ε = −1/N in eq. 4)
+    renormalised   1/(N−s) Σ_{j∉S} ℓ_j + R       a mean over the others, as a user would retrain
 
-They differ only through the regularizer. Both stages are trained in float64 until the norm of
-the gradient is below a tolerance, and the change of the test losses is measured against the
-same training without any removal, so that what is left of the optimisation error cancels.
+They differ only through the regularizer. A stage of an `Optimum`, `Frozen` or `Proximal` link is
+trained in float64 until the norm of the gradient is below a tolerance, that of an `Unrolled` link
+takes its recorded steps, and the change of the test losses is measured against the same training
+without any removal, so that what is left of the optimisation error cancels.
 
-Many removals are trained together: `torch.func.vmap` over models, on shared data. At a warm
-start the Hessian at the trained parameters, factorised once, preconditions a quasi-Newton
-method for all of them (:mod:`msif_lib.support.minimise`), which then needs a handful of gradient
-evaluations. Models that are trained together are one job; jobs may run in several processes or
-on a cluster, and be kept in a folder as they finish.
+Many removals are trained together: `torch.func.vmap` over models, on shared data
+(:mod:`msif_lib.repetition`). At a warm start the Hessian at the trained parameters, factorised
+once, preconditions a quasi-Newton method for all of them (:mod:`msif_lib.support.minimise`), which
+then needs a handful of gradient evaluations. Models that are trained together are one job; jobs may
+run in several processes or on a cluster, and be kept in a folder as they finish.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
-from operator import itemgetter
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from tqdm import tqdm
 
-from msif_lib.curvature import AddDiagonal, Hessian, proximal_hessian
-from msif_lib.preconditioner import GaussNewtonPreconditioner
-from msif_lib.stage import Stage, check_pair
-from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
-from msif_lib.support.data import Batch, Examples, Nested, concatenate, leaves, map_leaves
+from msif_lib.handover import HandOver
+from msif_lib.influence import Chain
+from msif_lib.links import Link, Unrolled
+from msif_lib.repetition import Minimised, Repetition, Stepped, for_each_model, in_double
+from msif_lib.stage import Stage
+from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.jobs import as_finished
-from msif_lib.support.minimise import (
-    AbsoluteInverse,
-    BatchedObjective,
-    Descent,
-    Minimum,
-    RowPreconditioner,
-    descend,
-    minimise,
-    minimise_near,
-)
+from msif_lib.support.minimise import AbsoluteInverse, Minimum, minimise
 
-__all__ = ["AbsoluteInverse", "Descent", "Minimum", "Retraining", "minimise", "retrain_without"]
-
-# Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
-_DENSE_PARAMETERS = 4000
+__all__ = [
+    "AbsoluteInverse",
+    "Minimum",
+    "Retraining",
+    "RetrainingSettings",
+    "minimise",
+    "retrain_without",
+]
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """Test losses after leaving sets of pretraining examples out of both trainings.
+    """Test losses after leaving sets of a stage's examples out of it.
 
     Attributes
     ----------
@@ -65,16 +62,20 @@ class Retraining:
     losses_before
         The same without any removal, ``(T,)``.
     converged
-        Whether both trainings reached the tolerance, ``(R,)``; without removal,
-        ``converged_before``.
+        Whether every training of an `Optimum`, `Frozen` or `Proximal` link reached the tolerance,
+        ``(R,)``; without removal, ``converged_before``. That of an `Unrolled` link has its steps,
+        and counts as converged.
     gradient_norms
-        Gradient norms reached in pretraining and finetuning, ``(R, 2)``.
+        Norm of each stage's gradient where its training ended, ``(R, K)``.
     evaluations
-        Gradient evaluations of the two trainings, ``(R, 2)``.
+        Gradient evaluations, or steps, of each stage's training, ``(R, K)``; 0 for stages before
+        the one of the removals.
     convention
         ``"fixed weight"`` or ``"renormalised"``.
     start
         ``"warm"`` or ``"cold"``.
+    stage
+        Number of the stage whose examples were left out.
     """
 
     losses: Tensor
@@ -85,6 +86,7 @@ class Retraining:
     evaluations: Tensor
     convention: str
     start: str
+    stage: int
 
     @property
     def change(self) -> Tensor:
@@ -97,58 +99,21 @@ class Retraining:
         return self.losses - self.losses_before
 
 
-def retrain_without(
-    pretrain: Stage,
-    finetune: Stage,
-    removals: Sequence[Sequence[int]],
-    test: Batch,
-    alpha: float | None = None,
-    renormalise: bool = False,
-    fraction: float = 1.0,
-    cold_start: tuple[Stage, Stage] | None = None,
-    tol: float = 1e-9,
-    max_evaluations: int | None = None,
-    descent: Descent | None = None,
-    damping: float = 0.0,
-    pretrain_hessian: Tensor | None = None,
-    models_at_once: int = 32,
-    jobs: int | None = None,
-    threads: int = 1,
-    checkpoint: str | Path | None = None,
-    progress: bool = True,
-) -> Retraining:
-    """Leave sets of examples out of pretraining, train both stages again, measure the test losses.
+@dataclass(frozen=True, eq=False)
+class RetrainingSettings:
+    """How retrainings are run; what is left out and measured is no part of it.
 
     Parameters
     ----------
-    pretrain, finetune
-        The two trained stages: for case 1 with the same embedding, for case 2 (`alpha` given)
-        `finetune` holds W*.
-    removals
-        R sets of indices into the pretraining data, or Boolean masks over it; singletons for
-        leave-one-out.
-    test
-        Test examples ``(inputs, targets)`` of the finetuning task, T of them.
-    alpha
-        None: the embedding stays fixed in finetuning (case 1). A number: finetuning minimises
-        α‖W − W̄‖² + F(W, Θ) (case 2).
-    renormalise
-        The removal convention, see above.
-    fraction
-        Share of the examples' weight that is taken away. 1 removes them; as it goes to 0 the
-        change divided by it becomes the derivative, so that a small fraction tells a wrong score
-        from a removal that is too large a step for any first-order prediction.
-    cold_start
-        None: begin at the trained parameters. Otherwise a pair of stages whose parameters are
-        where the two trainings begin (in case 2 the embedding begins at the new W̄ all the same).
     tol
-        Norm of the gradient to be reached in each stage.
+        Norm of the gradient to be reached by each link that assumes an optimum.
     max_evaluations
         Gradient evaluations allowed a stage; None: 5,000 warm, 20,000 cold.
-    descent
-        None: finetuning goes on to the tolerance. Otherwise it is plain, without a proximal term:
-        where case 1 has ended, with a head trained on the new W̄, embedding and head take these
-        steps.
+    cold_start
+        None: begin at the trained parameters. Otherwise a stage for each link, whose parameters
+        are where its training begins. What a stage keeps as it is handed, and the shared
+        parameters of a `Proximal` link, begin as handed all the same, and an `Unrolled` link where
+        its path does.
     damping
         λ ≥ 0, added to the absolute eigenvalues of the Hessians at the trained parameters, whose
         inverse preconditions a warm start for half of its evaluations instead of the first 200.
@@ -157,10 +122,10 @@ def retrain_without(
         whatever the gradient then has along the old ones. It should lie far below the large
         eigenvalues. It changes neither the objectives nor what counts as converged; of several
         minima it may find another one.
-    pretrain_hessian
-        The pretraining Hessian at the trained parameters ``(p, p)``, for those who have it; then
-        it is factorised whatever its size. None: a warm start computes it up to 4,000 parameters,
-        and above that a sketch of the Gauss-Newton matrix.
+    first_hessian
+        The Hessian of the first link at the trained parameters, over what it trains ``(p, p)``,
+        for those who have it; then it is factorised whatever its size. None: a warm start computes
+        it up to 4,000 parameters, and above that a sketch of the Gauss-Newton matrix.
     models_at_once
         Models trained together, one job; changes memory and speed, and of results the last bits.
     jobs
@@ -173,13 +138,91 @@ def retrain_without(
     threads
         Threads of each job. Small models want one; `jobs` × `threads` should not exceed the
         cores.
+
+    Raises
+    ------
+    ValueError
+        `tol` ≤ 0; a negative `damping`; `max_evaluations`, `models_at_once` or `threads` below 1;
+        `jobs` of 0; a `first_hessian` that is not finite, or is given to a cold start.
+    """
+
+    tol: float = 1e-9
+    max_evaluations: int | None = None
+    cold_start: Sequence[Stage] | None = None
+    damping: float = 0.0
+    first_hessian: Tensor | None = None
+    models_at_once: int = 32
+    jobs: int | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.tol > 0:
+            raise ValueError(f"tol must be positive, not {self.tol}")
+        if not self.damping >= 0:
+            raise ValueError(f"damping must not be negative, not {self.damping}")
+        limit = self.max_evaluations
+        if self.models_at_once < 1 or (limit is not None and limit < 1):
+            raise ValueError("models_at_once and max_evaluations must be at least 1")
+        if self.threads < 1 or self.jobs == 0:
+            raise ValueError("threads must be at least 1, and jobs must not be 0 (−1: one a core)")
+        if self.first_hessian is not None:
+            if not self.first_hessian.isfinite().all():
+                raise ValueError("first_hessian is not finite")
+            if self.cold_start is not None:
+                raise ValueError("a cold start uses no first_hessian; leave it out")
+
+    @property
+    def limit(self) -> int:
+        """Gradient evaluations allowed a stage."""
+        return self.max_evaluations or (5000 if self.cold_start is None else 20_000)
+
+    def of_results(self) -> RetrainingSettings:
+        """The settings without what changes no result, or is known to a job by itself."""
+        return replace(self, cold_start=None, models_at_once=1, jobs=None)
+
+
+def retrain_without(
+    chain: Chain,
+    removals: Sequence[Sequence[int]],
+    test: Batch,
+    stage: int = 0,
+    *,
+    renormalise: bool = False,
+    fraction: float = 1.0,
+    settings: RetrainingSettings = RetrainingSettings(),
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> Retraining:
+    """Leave sets of examples out of a stage, train it and what follows again, measure test losses.
+
+    Parameters
+    ----------
+    chain
+        The trained stages and how each was trained: ``Chain([Optimum(pretrain),
+        Frozen(finetune)])`` for case 1, ``Proximal(tuned, alpha)`` in place of `Frozen` for case
+        2, `Unrolled` for recorded trainings. Stages before `stage` stay as they were trained.
+    removals
+        R sets of indices into the data of `stage`, or Boolean masks over it; singletons for
+        leave-one-out.
+    test
+        Test examples ``(inputs, targets)`` of the last stage's task, T of them.
+    stage
+        Number of the stage whose examples are left out.
+    renormalise
+        The removal convention, see above.
+    fraction
+        Share of the examples' weight that is taken away. 1 removes them; as it goes to 0 the
+        change divided by it becomes the derivative, so that a small fraction tells a wrong score
+        from a removal that is too large a step for any first-order prediction.
+    settings
+        How it is run.
     checkpoint
         A folder that keeps each finished job, the training without removal and the factorised
         Hessians. A later call with the same arguments trains only what is missing; another
         call on the same stages factorises nothing. Results are known by a digest of all that
-        they depend on (parameters and data of both stages, the values of loss and regularizer,
-        `test`, the settings, the removals of their job, the code of this library), so that a
-        folder may serve any number of calls.
+        they depend on (parameters, data and weights of the stages, the values of loss and
+        regularizer, paths, `test`, the settings, the removals of their job, torch's version), so
+        that a folder may serve any number of calls.
     progress
         Show bars for what takes more than a second.
 
@@ -190,70 +233,47 @@ def retrain_without(
 
     Raises
     ------
-    ValueError
-        A removal that is empty, repeats an index, lies outside the pretraining data or leaves
-        nothing of it; a mask of another length than the data; α ≤ 0, or an α for a plain
-        finetuning; a `fraction` outside (0, 1];
-        `tol` ≤ 0; a negative `damping`; a `pretrain_hessian` that is of another shape, is not
-        finite, or is given to a cold start; `jobs` of 0; embeddings of the two stages that differ
-        in parameter names or shapes; a stage of which each process reads a share.
     TypeError
-        Removals that are indices, not sets of indices; indices that are no whole numbers.
+        `chain` is none; removals that are indices, not sets of indices; indices that are no whole
+        numbers.
+    ValueError
+        A removal that is empty, repeats an index, lies outside the stage's data or leaves nothing
+        of it; a mask of another length than the data; a `stage` that the chain has not; a
+        `fraction` outside (0, 1]; `renormalise` for an `Unrolled` link or a stage with weights; a
+        `Stopped` link that would have to be trained again; a cold start or a `first_hessian` of
+        other sizes; a stage of which each process reads a share.
+    FloatingPointError
+        A recorded training with these weights diverged.
     """
-    _check_settings(alpha, fraction, tol, damping)
-    if alpha is not None and descent is not None:
-        raise ValueError("plain finetuning (descent) has no proximal term; leave alpha out")
-    if pretrain_hessian is not None:
-        _check_hessian(pretrain_hessian, len(pretrain.vector()), cold_start is not None)
-    if models_at_once < 1 or (max_evaluations is not None and max_evaluations < 1):
-        raise ValueError("models_at_once and max_evaluations must be at least 1")
-    if threads < 1 or jobs == 0:
-        raise ValueError("threads must be at least 1, and jobs must not be 0 (−1: one a core)")
-    sets = [_indices(number, removal, pretrain.size) for number, removal in enumerate(removals)]
-    check_pair(pretrain, finetune, "finetune")
-    if any(len(stage.share) != stage.size for stage in (pretrain, finetune)):
-        raise ValueError(
-            "retraining takes whole stages, not sharded ones; its jobs go to other processes by "
-            "jobs= or joblib.parallel_config"
-        )
-    pretrain, finetune = pretrain.to(torch.float64), finetune.to(torch.float64)
-    test = _double(test, finetune.device)
-    trainings = _Trainings(
-        pretrain=pretrain,
-        finetune=finetune,
-        tested=finetune.with_data(test, "test data"),
-        starts=tuple(stage.vector().double() for stage in cold_start or (pretrain, finetune)),
-        cold=cold_start is not None,
-        alpha=alpha,
-        renormalise=renormalise,
-        fraction=fraction,
-        tol=tol,
-        limit=max_evaluations or (20_000 if cold_start else 5000),
-        descent=descent,
-        damping=damping,
-        pretrain_hessian=pretrain_hessian,
-    )
+    _check_chain(chain, stage)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
+    size, name = chain.links[stage].stage.size, chain.names[stage]
+    sets = [_indices(number, removal, size, name) for number, removal in enumerate(removals)]
+    if renormalise:
+        _check_renormalised(chain.links[stage], name)
+    trainings = _Trainings.of(chain, stage, test, renormalise, fraction, settings)
     # The first job removes nothing: what every removal is measured against.
-    batches = [
-        sets[start : start + models_at_once] for start in range(0, len(sets), models_at_once)
-    ]
+    at_once = settings.models_at_once
+    batches = [sets[start : start + at_once] for start in range(0, len(sets), at_once)]
     work: list[list[list[int]]] = [[[]], *batches]
-    kept, stages, names = Checkpoint(checkpoint), ("", ""), [""] * len(work)
+    kept, names = Checkpoint(checkpoint), [""] * len(work)
     if checkpoint is not None:
-        stages = stage_fingerprint(pretrain), stage_fingerprint(finetune)
-        settings = stages, test, threads, trainings.settings()
-        names = [f"retraining-{fingerprint(settings, removed)}" for removed in work]
+        known = fingerprint(trainings.identity(), settings.of_results(), settings.limit)
+        names = [f"retraining-{fingerprint(known, removed)}" for removed in work]
     results = [kept.get(name) for name in names]
     missing = [number for number, result in enumerate(results) if result is None]
-    if missing and not cold_start:
-        trainings.precondition(kept, stages)
-    models = sum(map(len, work))
+    if missing and settings.cold_start is None:
+        trainings.precondition(kept, settings.first_hessian if stage == 0 else None)
     bar = tqdm(
-        total=models, desc="retraining", unit=" models", disable=not progress, delay=1, leave=False
+        total=sum(map(len, work)), desc=f"retraining{trainings.cost}", unit=" models",
+        disable=not progress, delay=1, leave=False,
+    )  # fmt: skip
+    finished = as_finished(
+        trainings, [work[number] for number in missing], settings.jobs, settings.threads
     )
-    finished = as_finished(trainings, [work[number] for number in missing], jobs, threads)
     with bar, closing(finished):
-        bar.update(models - sum(len(work[number]) for number in missing))
+        bar.update(bar.total - sum(len(work[number]) for number in missing))
         for index, result in finished:
             number = missing[index]
             kept.put(names[number], result)
@@ -261,7 +281,7 @@ def retrain_without(
             bar.update(len(work[number]))
     joined = {
         name: torch.cat([result[name] for result in results if result is not None]).to(
-            pretrain.device
+            trainings.tested.device
         )
         for name in ("losses", "gradient_norms", "evaluations", "converged")
     }
@@ -273,250 +293,172 @@ def retrain_without(
         gradient_norms=joined["gradient_norms"][1:],
         evaluations=joined["evaluations"][1:],
         convention="renormalised" if renormalise else "fixed weight",
-        start="cold" if cold_start else "warm",
+        start="warm" if settings.cold_start is None else "cold",
+        stage=stage,
     )
 
 
 @dataclass
 class _Trainings:
-    """Both trainings and the test, for any removals: what every job needs to know."""
+    """The trainings from one stage on and the test, for any removals: what every job knows.
 
-    pretrain: Stage
-    finetune: Stage
+    Attributes
+    ----------
+    repetitions
+        A training for each stage from that of the removals on.
+    hand_overs
+        Between these stages.
+    tested
+        The last stage with the test data.
+    weights
+        Of the examples of the first of these stages, ``(N,)``.
+    renormalise, fraction
+        What a removal means.
+    handed
+        What the stages before, which stay, hand on, ``(p_W,)``; None where there are none.
+    norms
+        Of their gradients, one a stage.
+    """
+
+    repetitions: list[Repetition]
+    hand_overs: list[HandOver]
     tested: Stage
-    starts: tuple[Tensor, ...]
-    cold: bool
-    alpha: float | None
+    weights: Tensor
     renormalise: bool
     fraction: float
-    tol: float
-    limit: int
-    descent: Descent | None
-    damping: float
-    pretrain_hessian: Tensor | None
-    preconditioners: tuple[RowPreconditioner | None, ...] = (None, None)
+    handed: Tensor | None
+    norms: list[float]
 
-    def settings(self) -> tuple[object, ...]:
-        """What results depend on beside the stages, the removals and the test data."""
-        return (
-            self.starts, self.cold, self.alpha, self.renormalise, self.fraction, self.tol,
-            self.limit, self.descent, self.damping, self.pretrain_hessian,
-        )  # fmt: skip
+    @classmethod
+    def of(
+        cls,
+        chain: Chain,
+        stage: int,
+        test: Batch,
+        renormalise: bool,
+        fraction: float,
+        settings: RetrainingSettings,
+    ) -> _Trainings:
+        """Everything in float64."""
+        links = [in_double(link) for link in chain.links[stage:]]
+        _check_hessian(settings.first_hessian, chain.links[0])
+        starts = _starts(settings, chain.links)[stage:]
+        cold = settings.cold_start is not None
+        repetitions: list[Repetition] = [
+            Stepped(link)
+            if isinstance(link, Unrolled)
+            else Minimised(link, start, cold, settings.tol, settings.limit, settings.damping)  # type: ignore[arg-type]
+            for link, start in zip(links, starts, strict=True)
+        ]
+        last, handed = links[-1].stage, None
+        if stage:
+            before = chain.links[stage - 1]
+            names = chain.names[stage - 1], chain.names[stage]
+            over = HandOver(before.stage, chain.links[stage].stage, names)
+            handed = over.value(before.vector()).double()
+        return cls(
+            repetitions=repetitions,
+            hand_overs=[
+                HandOver(one.stage, two.stage, names)
+                for (one, two), names in zip(pairwise(links), pairwise(chain.names[stage:]))
+            ],
+            tested=last.with_data(_double(test, last.device), "test data"),
+            weights=links[0].stage.weights,
+            renormalise=renormalise,
+            fraction=fraction,
+            handed=handed,
+            norms=[
+                chain.gradient_norms[name] if name in chain.gradient_norms else _norm(link)
+                for name, link in zip(chain.names, chain.links[:stage])
+            ],
+        )
 
-    def precondition(self, kept: Checkpoint, stages: tuple[str, str]) -> None:
-        """Factorise both Hessians at the start, or read their factors."""
-        pretrain, finetune, alpha = self.pretrain, self.finetune, self.alpha
-        given, damping = self.pretrain_hessian, self.damping
-        size = finetune.head_size if alpha is None else len(finetune.vector())
-        first = _preconditioner(
-            kept,
-            ("pretraining", stages[0], given),
-            len(pretrain.vector()),
-            lambda: Hessian(pretrain),
-            damping,
-            None if given is None else given.to(pretrain.vector()),
-        )
-        second = _preconditioner(
-            kept,
-            ("finetuning", stages[1], alpha),
-            size,
-            lambda: _finetuning_hessian(finetune, alpha),
-            damping,
-        )
-        self.preconditioners = (first, second)
-        self.pretrain_hessian = None  # the factors are all that a job needs
+    @property
+    def cost(self) -> str:
+        """What a model costs, in words, where that is known beforehand."""
+        steps = [len(one.link.path) for one in self.repetitions if isinstance(one, Stepped)]
+        return f", {sum(steps)} steps a model" if steps else ""
+
+    def identity(self) -> list[object]:
+        """What results depend on beside the removals and the settings."""
+        handed = [  # by a function, which has no digest of its own
+            over.value(one.link.vector())
+            for over, one in zip(self.hand_overs, self.repetitions)
+            if over.before.hands_on
+        ]
+        return [
+            [repetition.identity() for repetition in self.repetitions], handed, self.handed,
+            list(self.tested.examples.batches(self.tested.size)), self.renormalise, self.fraction,
+        ]  # fmt: skip
+
+    def precondition(self, kept: Checkpoint, first: Tensor | None) -> None:
+        """Factorise the Hessians, or read their factors; `first` is that of the first link."""
+        for number, one in enumerate(self.repetitions):
+            if isinstance(one, Minimised):
+                given = None if number or first is None else first.to(one.start)
+                one.precondition(kept, given)
 
     def __call__(self, removals: list[list[int]]) -> dict[str, Tensor]:
         """Train r models: their test losses ``(r, T)``, and how each training ended."""
-        finetune, alpha, count = self.finetune, self.alpha, len(removals)
-        weights = _weights(removals, self.pretrain, self.renormalise, self.fraction)
-        # A damped preconditioner is of use for longer; none is to be relied on to the end.
-        near = {"near": self.limit // 2} if self.damping else {}
-        first = minimise_near(
-            _batched(_pretraining_terms(self.pretrain, weights)),
-            self.starts[0].expand(count, -1),
-            self.tol,
-            self.preconditioners[0],
-            self.limit,
-            **near,
-        )
-        embeddings = first.x[:, : self.pretrain.embedding_size]
-        start = self.starts[1].expand(count, -1)
-        if alpha is None:
-            start, terms = start[:, finetune.embedding_size :], _head_terms(finetune, embeddings)
-        else:
-            if self.cold:
-                start = torch.cat([embeddings, start[:, finetune.embedding_size :]], 1)
-            terms = _proximal_terms(finetune, embeddings, alpha)
-        second = minimise_near(
-            _batched(terms), start, self.tol, self.preconditioners[1], self.limit, **near
-        )
-        x = torch.cat([embeddings, second.x], 1) if alpha is None else second.x
-        if self.descent is not None:
-            # With α = 0 the proximal objective is that of plain finetuning.
-            plain = _batched(_proximal_terms(finetune, embeddings, 0.0))
-            end = descend(plain, x, self.tol, self.descent)
-            x = end.x
-            second = replace(end, evaluations=second.evaluations + end.evaluations)
+        count, ends = len(removals), list[Minimum]()
+        handed = None if self.handed is None else self.handed.expand(count, -1).contiguous()
+        for number, repetition in enumerate(self.repetitions):
+            weights = repetition.link.stage.weights.expand(count, -1)
+            if number == 0:
+                weights = self._weights(removals)
+            else:
+                over = self.hand_overs[number - 1]
+                handed = torch.stack([over.value(row) for row in ends[-1].x])
+            ends.append(repetition(weights, handed))
         tested = self.tested
         with torch.no_grad():
             losses = [
-                _for_each_model(lambda theta, b=batch: tested.losses(*tested.split(theta), *b), x)
+                for_each_model(lambda theta, b=batch: tested.losses_at(theta, *b), ends[-1].x)
                 for batch in tested.batches()
             ]
+        before = ends[0].gradient_norms.new_tensor(self.norms).expand(count, -1)
+        none = torch.zeros_like(before, dtype=torch.long)
         result = {
             "losses": torch.cat(losses, 1),
-            "gradient_norms": torch.stack([first.gradient_norms, second.gradient_norms], 1),
-            "evaluations": torch.stack([first.evaluations, second.evaluations], 1),
-            "converged": first.converged & second.converged,
+            "gradient_norms": torch.cat(
+                [before, torch.stack([end.gradient_norms for end in ends], 1)], 1
+            ),
+            "evaluations": torch.cat([none, torch.stack([end.evaluations for end in ends], 1)], 1),
+            "converged": torch.stack([end.converged for end in ends]).all(0),
         }
         return {name: value.cpu() for name, value in result.items()}
 
-
-def _for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
-    """Apply a function of one model to R of them, the first dimension of every argument.
-
-    Vectorised by `torch.func.vmap`; one model after the other where a layer cannot be
-    (recurrent ones have no batching rule).
-    """
-    try:
-        return vmap(function)(*arguments)
-    except RuntimeError as error:
-        if "atching rule" not in str(error):
-            raise
-        count = leaves(arguments[0])[0].shape[0]
-        each = [function(*map_leaves(itemgetter(row), arguments)) for row in range(count)]
-        return concatenate([map_leaves(itemgetter(None), one) for one in each])
+    def _weights(self, removals: list[list[int]]) -> Tensor:
+        """The weight of each example, before the mean over N of them, ``(r, N)``."""
+        weights = self.weights.repeat(len(removals), 1)
+        for row, removal in enumerate(removals):
+            weights[row, removal] *= 1 - self.fraction
+        if self.renormalise:
+            weights *= weights.shape[1] / weights.sum(1, keepdim=True)
+        return weights
 
 
-# A term of R objectives: maps parameters (r, p) and the objectives' numbers (r,) to values (r,).
-_Terms = Callable[[Tensor, Tensor], Iterator[Tensor]]
+def _norm(link: Link) -> float:
+    """Norm of the gradient where a stage's training ended."""
+    slope = link.stage.gradient(link.vector())
+    return float(link.stage.parameters.take(slope, link.block).norm())
 
 
-def _batched(terms: _Terms) -> BatchedObjective:
-    """Values and gradients of objectives given as sums of terms, one a batch of data.
-
-    Objective r depends on row r alone, so one backward pass through their sum gives every
-    gradient.
-    """
-
-    def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        x = x.detach().requires_grad_()
-        value, gradient = x.new_zeros(len(x)), torch.zeros_like(x)
-        for term in terms(x, which):
-            gradient += torch.autograd.grad(term.sum(), x)[0]
-            value += term.detach()
-        return value, gradient
-
-    return objective
-
-
-def _pretraining_terms(stage: Stage, weights: Tensor) -> _Terms:
-    """Σ_j c_rj g_j(θ_r) + R_G(θ_r), with the weights c ``(R, m)``."""
-
-    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        yield _for_each_model(lambda theta: stage.regularization(*stage.split(theta)), x)
-        start = 0
-        for batch in stage.batches():
-            losses = _for_each_model(
-                lambda theta, b=batch: stage.losses(*stage.split(theta), *b), x
+def _starts(settings: RetrainingSettings, links: Sequence[Link]) -> list[Tensor]:
+    """Where each training begins."""
+    stages = [link.stage for link in links]
+    begun = stages if settings.cold_start is None else list(settings.cold_start)
+    if len(begun) != len(stages):
+        raise ValueError(
+            f"cold_start must hold a stage for each of the {len(stages)} links, not {len(begun)}"
+        )
+    for number, (start, stage) in enumerate(zip(begun, stages)):
+        if start.parameters.size != stage.parameters.size:
+            raise ValueError(
+                f"cold_start[{number}] has {start.parameters.size} parameters, but that stage of "
+                f"the chain {stage.parameters.size}"
             )
-            stop = start + losses.shape[1]
-            yield (weights[which, start:stop] * losses).sum(1)
-            start = stop
-
-    return terms
-
-
-def _head_terms(stage: Stage, embeddings: Tensor) -> _Terms:
-    """F(W_r, Θ_r) as a function of Θ_r; the fixed embeddings are evaluated once."""
-    with torch.no_grad():
-        features = [
-            (_for_each_model(lambda w, i=inputs: stage.embed(w, i), embeddings), targets)
-            for inputs, targets in stage.batches()
-        ]
-
-    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        yield _for_each_model(stage.regularization, embeddings[which], x)
-        for embedded, targets in features:
-            some = map_leaves(lambda leaf: leaf[which], embedded)
-            losses = _for_each_model(lambda h, f, t=targets: stage.head_losses(h, f, t), x, some)
-            yield losses.sum(1) / stage.size
-
-    return terms
-
-
-def _proximal_terms(stage: Stage, embeddings: Tensor, alpha: float) -> _Terms:
-    """α‖W_r − W̄_r‖² + F(W_r, Θ_r), the paper's eq. 12."""
-
-    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        away = x[:, : stage.embedding_size] - embeddings[which]
-        yield alpha * (away * away).sum(1)
-        yield _for_each_model(lambda theta: stage.regularization(*stage.split(theta)), x)
-        for batch in stage.batches():
-            losses = _for_each_model(
-                lambda theta, b=batch: stage.losses(*stage.split(theta), *b), x
-            )
-            yield losses.sum(1) / stage.size
-
-    return terms
-
-
-def _weights(removals: list[list[int]], stage: Stage, renormalise: bool, fraction: float) -> Tensor:
-    """The weight of each pretraining example in each objective, ``(r, m)``."""
-    weights = torch.ones(len(removals), stage.size, dtype=torch.float64)
-    for row, removal in enumerate(removals):
-        weights[row, removal] = 1 - fraction
-    total = weights.sum(1, keepdim=True) if renormalise else stage.size
-    return (weights / total).to(stage.device)
-
-
-def _finetuning_hessian(finetune: Stage, alpha: float | None) -> Hessian | AddDiagonal:
-    if alpha is None:
-        return Hessian(finetune, block="head")
-    return proximal_hessian(finetune, alpha)
-
-
-def _preconditioner(
-    kept: Checkpoint,
-    parts: tuple[object, ...],
-    size: int,
-    hessian: Callable[[], Hessian | AddDiagonal],
-    damping: float,
-    matrix: Tensor | None = None,
-) -> RowPreconditioner | None:
-    """The inverse of a matrix near the Hessian, kept under a name for `parts`.
-
-    The Hessian itself where it is given as a `matrix` or small enough to be factorised, else a
-    sketch of the Gauss-Newton matrix.
-    """
-    if matrix is not None or size <= _DENSE_PARAMETERS:
-        name = f"preconditioner-{fingerprint(*parts)}"
-        factors = kept.get(name)
-        if factors is None:
-            made = AbsoluteInverse(hessian().dense() if matrix is None else matrix)
-            factors = {"values": made.values, "vectors": made.vectors}
-            kept.put(name, factors)
-        return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
-    name = f"preconditioner-{fingerprint(*parts, damping)}"
-    factors = kept.get(name)
-    if factors is None:
-        sketch = hessian().preconditioner(damping)
-        if sketch is None:
-            return None
-        factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
-        kept.put(name, factors)
-    return _Sketched(GaussNewtonPreconditioner(**factors))
-
-
-class _Sketched:
-    """The sketch's P⁻¹ = S Sᵀ on rows."""
-
-    def __init__(self, sketch: GaussNewtonPreconditioner) -> None:
-        self._sketch = sketch
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self._sketch.root(self._sketch.root_transposed(rows.T)).T
+    return [start.vector().double() for start in begun]
 
 
 def _double(test: Batch, device: torch.device) -> Batch:
@@ -527,30 +469,51 @@ def _double(test: Batch, device: torch.device) -> Batch:
     return inputs, targets
 
 
-def _check_settings(alpha: float | None, fraction: float, tol: float, damping: float) -> None:
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be positive (or None for case 1), not {alpha}")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
-    if not tol > 0:
-        raise ValueError(f"tol must be positive, not {tol}")
-    if not damping >= 0:
-        raise ValueError(f"damping must not be negative, not {damping}")
-
-
-def _check_hessian(hessian: Tensor, size: int, cold: bool) -> None:
-    if hessian.shape != (size, size):
-        raise ValueError(
-            f"pretrain_hessian must be of shape {(size, size)}, as the pretraining stage has "
-            f"{size} parameters, not {tuple(hessian.shape)}"
+def _check_chain(chain: Chain, stage: int) -> None:
+    if not isinstance(chain, Chain):
+        raise TypeError(
+            f"retrain_without takes a chain of links, not a {type(chain).__name__}: "
+            "retrain_without(Chain([Optimum(pretrain), Frozen(finetune)]), removals, test) for "
+            "case 1, Proximal(tuned, alpha) in place of Frozen for case 2; Chain is in msif_lib, "
+            "links are in msif_lib.links, and how it runs is said by settings=RetrainingSettings()"
         )
-    if not hessian.isfinite().all():
-        raise ValueError("pretrain_hessian is not finite")
-    if cold:
-        raise ValueError("a cold start uses no pretrain_hessian; leave it out")
+    count = len(chain.links)
+    if not isinstance(stage, int) or not 0 <= stage < count:
+        raise ValueError(
+            f"stage must be the number of a stage of the chain, 0..{count - 1}, not {stage!r}"
+        )
+    if any(len(link.stage.reader.share) != link.stage.size for link in chain.links):
+        raise ValueError(
+            "retraining takes whole stages, not sharded ones; its jobs go to other processes by "
+            "jobs= of RetrainingSettings or joblib.parallel_config"
+        )
 
 
-def _indices(number: int, removal: Any, size: int) -> list[int]:
+def _check_renormalised(link: Link, name: str) -> None:
+    if isinstance(link, Unrolled):
+        raise ValueError(
+            f"renormalise: the {name} training is taken step by step, on means over batches; "
+            "without some examples other batches would have been drawn, so that there is no one "
+            "training over the others. Leave it out: the examples lose their weight in the batches "
+            "that they are in"
+        )
+    if link.stage.weighted:
+        raise ValueError(
+            f"renormalise: the examples of the {name} stage have weights, so that there is no mean "
+            "over the others; leave it out"
+        )
+
+
+def _check_hessian(hessian: Tensor | None, link: Link) -> None:
+    size = link.stage.parameters.count(link.block)
+    if hessian is not None and hessian.shape != (size, size):
+        raise ValueError(
+            f"first_hessian must be of shape {(size, size)}, as the first link trains {size} "
+            f"parameters, not {tuple(hessian.shape)}"
+        )
+
+
+def _indices(number: int, removal: Any, size: int, name: str) -> list[int]:
     """One removal as indices in ascending order, a Boolean mask turned into them."""
     if not hasattr(removal, "__len__") or getattr(removal, "ndim", 1) != 1:
         raise TypeError(
@@ -567,7 +530,7 @@ def _indices(number: int, removal: Any, size: int) -> list[int]:
         if len(chosen) != size:
             raise ValueError(
                 f"removal {number} is a mask of length {len(chosen)}, which does not fit {size} "
-                "pretraining examples"
+                f"{name} examples"
             )
         chosen = chosen.nonzero()[:, 0]
     if not chosen.numel():
@@ -583,5 +546,5 @@ def _indices(number: int, removal: Any, size: int) -> list[int]:
             + ("; indices count from 0, negative ones mean nothing here" if indices[0] < 0 else "")
         )
     if len(indices) == size:
-        raise ValueError(f"removal {number} leaves no pretraining example")
+        raise ValueError(f"removal {number} leaves no {name} example")
     return indices

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence, training
-from msif_lib.retraining import retrain_without
+from msif_lib.retraining import RetrainingSettings, retrain_without
 from msif_lib.solvers import Dense
 from msif_lib.study.datasets import TwoStageData, two_stages
 from msif_lib.study.experiment import Setting, Trained, train_two_stages
@@ -116,9 +116,8 @@ def test_keeping_a_part_is_retraining_without_the_rest(
     keep = [i for i in range(60) if i not in left_out]
     kept = train_two_stages(data, SETTING, SEED, ["fixed", "updated"], keep, start=trained)
     truth = retrain_without(
-        trained.pretrain, trained.finetuned[case], [left_out], trained.test,
-        alpha=SETTING.alpha if case == "updated" else None, renormalise=True, tol=1e-10,
-        progress=False,
+        trained.influence(case), [left_out], trained.test, renormalise=True,
+        settings=RetrainingSettings(tol=1e-10), progress=False,
     )  # fmt: skip
     assert truth.converged.all()
     assert kept.pretrain.size == 58

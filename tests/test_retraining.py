@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -12,12 +13,12 @@ from conftest import problem_named
 from problems import ALPHAS, F64, Problem, newton, relative_error, retrain
 from torch import Tensor, nn
 
-from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
+from msif_lib import Chain, FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.retraining import AbsoluteInverse, Descent, minimise, retrain_without
+from msif_lib.links import Frozen, Optimum, Proximal, Unrolled
+from msif_lib.retraining import AbsoluteInverse, RetrainingSettings, minimise, retrain_without
 from msif_lib.solvers import Dense
-from msif_lib.support.minimise import descend
-from msif_lib.training import train
+from msif_lib.training import SGD, descend, train
 
 QUIET = {"progress": False}
 
@@ -152,34 +153,13 @@ def test_the_preconditioner_is_the_inverse_of_the_absolute_value():
     assert torch.allclose(AbsoluteInverse((q * values) @ q.T, floor=1e-2)(rows), rows @ inverse)
 
 
-def test_descent_takes_the_steps_of_torch_s_sgd():
-    start = torch.linspace(-1, 1, 12, dtype=F64).view(2, 6)
-    steps = Descent(7, 0.02, momentum=0.8)
-    found = descend(logistic, start, 1e-10, steps)
-    x = start.clone().requires_grad_()
-    optimizer = torch.optim.SGD([x], lr=0.02, momentum=0.8)
-    for _ in range(7):
-        x.grad = logistic(x, torch.arange(2))[1]
-        optimizer.step()
-    assert torch.allclose(found.x, x.detach(), rtol=1e-12)
-    assert torch.allclose(found.gradient_norms, logistic(found.x, torch.arange(2))[1].norm(dim=1))
-    assert found.evaluations.tolist() == [8, 8]
-    assert not found.converged.any()
-    assert descend(logistic, start, 1e-10, Descent(2000, 0.1)).converged.all()
-
-
-@pytest.mark.parametrize("wrong", [(0, 0.1, 0.9), (3, 0.0, 0.9), (3, 0.1, 1.0), (3, 0.1, -0.1)])
-def test_a_descent_that_makes_no_sense_is_refused(wrong):
-    with pytest.raises(ValueError, match="a descent needs"):
-        Descent(*wrong)
-
-
-def test_a_descent_that_diverges_says_so():
-    with pytest.raises(FloatingPointError, match="lower its learning rate"):
-        descend(rosenbrock, torch.full((1, 4), 3.0, dtype=F64), 1e-9, Descent(60, 10.0))
-
-
 # --- retrain_without -----------------------------------------------------------------------------
+
+
+def two(first: Stage, second: Stage, alpha: float | None = None, **settings) -> Chain:
+    """Case 1, or with an alpha case 2."""
+    link = Frozen(second) if alpha is None else Proximal(second, alpha)
+    return Chain([Optimum(first), link], **QUIET, **settings)
 
 
 def by_newton(
@@ -205,9 +185,10 @@ REMOVALS = [[0], [4], [30], [3, 9, 11], list(range(5, 13))]
 @pytest.mark.parametrize("renormalise", [False, True])
 @pytest.mark.parametrize("alpha", [None, *ALPHAS])
 def test_retraining_is_what_newton_s_method_finds(convex, alpha, renormalise):
-    first, second = convex.stages(alpha)
+    chain = two(*convex.stages(alpha), alpha)
+    settings = RetrainingSettings(tol=1e-11)
     found = retrain_without(
-        first, second, REMOVALS, convex.test_data, alpha, renormalise, tol=1e-11, **QUIET
+        chain, REMOVALS, convex.test_data, renormalise=renormalise, settings=settings, **QUIET
     )
     assert found.converged.all()
     assert found.converged_before
@@ -225,14 +206,13 @@ def test_retraining_is_what_newton_s_method_finds(convex, alpha, renormalise):
 
 @pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
 def test_a_cold_start_ends_where_a_warm_one_does(convex, alpha):
-    first, second = convex.stages(alpha)
+    chain = two(*convex.stages(alpha), alpha)
     cold = convex.stages(alpha)
     for stage in cold:
         stage.load_vector(torch.zeros_like(stage.vector()))
-    warm = retrain_without(first, second, REMOVALS, convex.test_data, alpha, **QUIET)
-    found = retrain_without(
-        first, second, REMOVALS, convex.test_data, alpha, cold_start=cold, tol=1e-10, **QUIET
-    )
+    warm = retrain_without(chain, REMOVALS, convex.test_data, **QUIET)
+    settings = RetrainingSettings(cold_start=cold, tol=1e-10)
+    found = retrain_without(chain, REMOVALS, convex.test_data, settings=settings, **QUIET)
     assert found.start == "cold"
     assert found.converged.all()
     assert torch.allclose(found.losses, warm.losses, atol=1e-7)
@@ -241,8 +221,9 @@ def test_a_cold_start_ends_where_a_warm_one_does(convex, alpha):
 
 def test_a_hessian_that_is_there_is_not_computed_again(mlp, monkeypatch):
     first, second = mlp.stages()
-    settings = {"fraction": 0.1, "damping": 1e-3, **QUIET}
-    own = retrain_without(first, second, [[1], [4]], mlp.test_data, **settings)
+    what = two(first, second), [[1], [4]], mlp.test_data
+    settings = RetrainingSettings(damping=1e-3)
+    own = retrain_without(*what, fraction=0.1, settings=settings, **QUIET)
     given = Hessian(first).dense()
 
     def dense(operator):
@@ -251,9 +232,8 @@ def test_a_hessian_that_is_there_is_not_computed_again(mlp, monkeypatch):
 
     undisturbed = Hessian.dense
     monkeypatch.setattr(Hessian, "dense", dense)
-    found = retrain_without(
-        first, second, [[1], [4]], mlp.test_data, pretrain_hessian=given, **settings
-    )
+    settings = dataclasses.replace(settings, first_hessian=given)
+    found = retrain_without(*what, fraction=0.1, settings=settings, **QUIET)
     assert torch.equal(found.losses, own.losses)
 
 
@@ -283,10 +263,13 @@ def test_damping_retrains_a_model_with_a_symmetry(alpha):
     test = x[20:], (x[20:] @ rule).argmax(1)
     groups = [[0, 5, 9], [2, 3, 11], [7, 20, 31]]
     ends = [
-        retrain_without(first, second, groups, test, alpha, tol=1e-10, **how, **QUIET)
+        retrain_without(
+            two(first, second, alpha), groups, test,
+            settings=RetrainingSettings(tol=1e-10, **how), **QUIET,
+        )
         # The third is as good as none, so that it is given up halfway.
         for how in ({"damping": 1e-2}, {}, {"damping": 1e-12}, {"cold_start": (first, second)})
-    ]
+    ]  # fmt: skip
     assert all(end.converged.all() for end in ends)
     damped, *others = ends
     assert (damped.change.abs() > 1e-2).all(), "something is to be found out"
@@ -299,10 +282,8 @@ def test_damping_retrains_a_model_with_a_symmetry(alpha):
 def test_networks_retrain_to_minima(name):
     problem = problem_named(name)
     for alpha in (None, ALPHAS[0]):
-        stages = problem.stages(alpha)
-        found = retrain_without(
-            *stages, [[1], [6]], problem.test_data, alpha, fraction=0.05, **QUIET
-        )
+        chain = two(*problem.stages(alpha), alpha)
+        found = retrain_without(chain, [[1], [6]], problem.test_data, fraction=0.05, **QUIET)
         assert found.converged.all()
         for number, i in enumerate((1, 6)):
             weights = torch.full((problem.spec.m,), 1 / problem.spec.m, dtype=F64)
@@ -321,12 +302,15 @@ def test_networks_retrain_to_minima(name):
 
 
 def test_plain_finetuning_is_sgd_from_the_end_of_case_1(mlp):
-    first, second = mlp.stages()
-    descent = Descent(6, 0.1, 0.7)
-    removal = [1, 4]
-    found = retrain_without(
-        first, second, [removal], mlp.test_data, fraction=0.1, descent=descent, **QUIET
-    )
+    first, headed = mlp.stages()
+    removal, steps = [1, 4], SGD(lr=0.1, momentum=0.7)
+    tuned = Stage.of(
+        copy.deepcopy(headed.model), headed.loss, headed.data, l2=headed.l2,
+        regularizer=headed.regularizer,
+    )  # fmt: skip
+    path = descend(tuned, steps, epochs=6, batch_size=tuned.size, seed=0, **QUIET)
+    chain = Chain([Optimum(first), Frozen(headed), Unrolled(tuned, path)], **QUIET)
+    found = retrain_without(chain, [removal], mlp.test_data, fraction=0.1, **QUIET)
     for share, losses in ((1.0, found.losses_before), (0.9, found.losses[0])):
         weights = torch.full((mlp.spec.m,), 1 / mlp.spec.m, dtype=F64)
         weights[removal] *= share
@@ -334,31 +318,27 @@ def test_plain_finetuning_is_sgd_from_the_end_of_case_1(mlp):
         w = mlp.split(theta)[0]
         head = retrain(lambda v, w=w: mlp.finetuning(w, v), mlp.finetuned)
         x = torch.cat([w, head]).requires_grad_()
-        optimizer = torch.optim.SGD([x], descent.learning_rate, descent.momentum)
-        for _ in range(descent.steps):
+        optimizer = torch.optim.SGD([x], steps.lr, steps.momentum)
+        for _ in range(6):
             optimizer.zero_grad()
             mlp.finetuning(*mlp.split(x)).backward()
             optimizer.step()
         assert not torch.allclose(x[: len(w)], w, atol=1e-3)
         assert relative_error(losses, mlp.test_losses(*mlp.split(x.detach()))) < 1e-7
-    assert not found.converged.any()
-    assert found.evaluations[0, 1] > 7  # those of the head come first
-
-
-def test_plain_finetuning_has_no_proximal_term(mlp):
-    with pytest.raises(ValueError, match="leave alpha out"):
-        retrain_without(*mlp.stages(1.3), [[0]], mlp.test_data, alpha=1.3, descent=Descent(3, 0.1))
+    assert found.gradient_norms[0, 2] > 1e-9  # it ends where the steps end
+    assert found.evaluations[0, 2] == 6
 
 
 def test_how_many_models_run_together_changes_nothing(mlp):
     first, second = mlp.stages()
     removals = [[i] for i in range(7)]
-    base = retrain_without(first, second, removals, mlp.test_data, fraction=0.1, **QUIET)
+    chain = two(first, second)
+    base = retrain_without(chain, removals, mlp.test_data, fraction=0.1, **QUIET)
     for models_at_once in (1, 3):
+        settings = RetrainingSettings(models_at_once=models_at_once)
         other = retrain_without(
-            first, second, removals, mlp.test_data, fraction=0.1,
-            models_at_once=models_at_once, **QUIET,
-        )  # fmt: skip
+            chain, removals, mlp.test_data, fraction=0.1, settings=settings, **QUIET
+        )
         assert torch.allclose(base.losses, other.losses, atol=1e-8)
 
 
@@ -376,8 +356,8 @@ def test_influence_is_the_first_order_of_retraining(convex, alpha, renormalise):
     errors = []
     for fraction in (0.1, 0.01, 0.001):
         found = retrain_without(
-            first, second, groups, convex.test_data, alpha, renormalise, fraction,
-            tol=1e-12, **QUIET,
+            run, groups, convex.test_data, renormalise=renormalise, fraction=fraction,
+            settings=RetrainingSettings(tol=1e-12), **QUIET,
         )  # fmt: skip
         m = convex.spec.m
         predicted = torch.stack([scores.group_effect(group, renormalise) for group in groups])
@@ -391,9 +371,9 @@ def test_influence_is_the_first_order_of_retraining(convex, alpha, renormalise):
 
 
 def test_flags_say_when_a_training_stopped_short(mlp):
-    first, second = mlp.stages()
+    settings = RetrainingSettings(max_evaluations=2, tol=1e-10)
     found = retrain_without(
-        first, second, [[0], [1]], mlp.test_data, max_evaluations=2, tol=1e-10, **QUIET
+        two(*mlp.stages()), [[0], [1]], mlp.test_data, settings=settings, **QUIET
     )
     assert not found.converged.any()
     assert found.converged_before, "nothing removed: the start is the optimum"
@@ -404,7 +384,9 @@ def test_flags_say_when_a_training_stopped_short(mlp):
 def test_float32_stages_are_retrained_in_float64(convex):
     first, second = convex.stages(dtype=torch.float32)
     x, y = convex.test_data
-    found = retrain_without(first, second, [[0]], (x.float(), y), tol=1e-10, **QUIET)
+    settings = RetrainingSettings(tol=1e-10)
+    chain = two(first, second)
+    found = retrain_without(chain, [[0]], (x.float(), y), settings=settings, **QUIET)
     assert found.losses.dtype == F64
     assert found.converged.all()
     assert first.dtype == torch.float32
@@ -415,7 +397,7 @@ def test_float32_stages_are_retrained_in_float64(convex):
 def test_the_stages_are_left_as_they_were(convex):
     first, second = convex.stages()
     before = first.vector(), second.vector()
-    retrain_without(first, second, [[0]], convex.test_data, **QUIET)
+    retrain_without(two(first, second), [[0]], convex.test_data, **QUIET)
     assert torch.equal(first.vector(), before[0])
     assert torch.equal(second.vector(), before[1])
 
@@ -434,11 +416,9 @@ def test_the_stages_are_left_as_they_were(convex):
         ([[False] * 31], {}, "removal 0 is empty"),
         ([torch.ones(31, dtype=torch.bool)], {}, "removal 0 leaves no pretraining example"),
         ([list(range(31))], {}, "removal 0 leaves no pretraining example"),
-        ([[0]], {"alpha": 0.0}, r"alpha must be positive \(or None for case 1\), not 0"),
-        ([[0]], {"alpha": float("nan")}, "alpha must be positive"),
         ([[0]], {"tol": 0.0}, "tol must be positive, not 0"),
         ([[0]], {"damping": -0.1}, "damping must not be negative, not -0.1"),
-        ([[0]], {"pretrain_hessian": torch.eye(2)}, r"pretrain_hessian must be of shape \("),
+        ([[0]], {"first_hessian": torch.eye(2)}, r"first_hessian must be of shape \("),
         ([[0]], {"fraction": 0.0}, "fraction must lie above 0 and at most at 1, not 0"),
         ([[0]], {"fraction": 1.1}, "fraction must lie above 0"),
         ([[0]], {"models_at_once": 0}, "must be at least 1"),
@@ -448,43 +428,53 @@ def test_the_stages_are_left_as_they_were(convex):
     ],
 )
 def test_arguments_of_retraining(convex, removals, settings, message):
-    first, second = convex.stages()
+    chain, how = two(*convex.stages()), {}
+    if "fraction" in settings:
+        how, settings = settings, {}
     with pytest.raises(ValueError, match=message):
-        retrain_without(first, second, removals, convex.test_data, **settings, **QUIET)
+        retrain_without(
+            chain, removals, convex.test_data, settings=RetrainingSettings(**settings),
+            **how, **QUIET,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("nan")])
+def test_a_pull_must_be_positive(convex, alpha):
+    with pytest.raises(ValueError, match=f"alpha must be positive, not {alpha}"):
+        two(*convex.stages(ALPHAS[0]), alpha)
 
 
 def test_a_hessian_must_be_finite_and_of_use(convex):
     first, second = convex.stages()
     hessian = Hessian(first).dense()
-    with pytest.raises(ValueError, match="a cold start uses no pretrain_hessian; leave it out"):
-        retrain_without(
-            first, second, [[0]], convex.test_data, pretrain_hessian=hessian,
-            cold_start=(first, second),
-        )  # fmt: skip
+    with pytest.raises(ValueError, match="a cold start uses no first_hessian; leave it out"):
+        RetrainingSettings(first_hessian=hessian, cold_start=(first, second))
     hessian[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="pretrain_hessian is not finite"):
-        retrain_without(first, second, [[0]], convex.test_data, pretrain_hessian=hessian)
+    with pytest.raises(ValueError, match="first_hessian is not finite"):
+        RetrainingSettings(first_hessian=hessian)
 
 
 def test_removals_must_be_sets(convex):
+    chain = two(*convex.stages())
     for flat in ([0, 1], torch.tensor([0, 1]), np.array([0, 1])):
         with pytest.raises(TypeError, match=r"sets of indices.*\[\[0\], \[1\], \.\.\.\]"):
-            retrain_without(*convex.stages(), flat, convex.test_data, **QUIET)
-    rows = retrain_without(*convex.stages(), torch.tensor([[0], [1]]), convex.test_data, **QUIET)
+            retrain_without(chain, flat, convex.test_data, **QUIET)
+    rows = retrain_without(chain, torch.tensor([[0], [1]]), convex.test_data, **QUIET)
     assert rows.losses.shape == (2, 6)
     mask = np.arange(31) == 3
     with pytest.raises(TypeError, match=r"for a single set or mask \[removal\]"):
-        retrain_without(*convex.stages(), mask, convex.test_data, **QUIET)
+        retrain_without(chain, mask, convex.test_data, **QUIET)
     for odd in ([0.0, 1.0], [0.5], ["0"], [1j], [None], [[0]]):
         with pytest.raises(TypeError, match="removal 1 must hold whole numbers"):
-            retrain_without(*convex.stages(), [[0], odd], convex.test_data, **QUIET)
+            retrain_without(chain, [[0], odd], convex.test_data, **QUIET)
 
 
 def test_a_mask_is_the_set_of_its_indices(convex):
     mask = torch.zeros(31, dtype=torch.bool)
     mask[[3, 9, 11]] = True
     forms = [mask, mask.numpy(), mask.tolist(), {9, 3, 11}, (11, 3, 9), np.array([3, 9, 11])]
-    found = retrain_without(*convex.stages(), forms, convex.test_data, tol=1e-11, **QUIET)
+    chain, settings = two(*convex.stages()), RetrainingSettings(tol=1e-11)
+    found = retrain_without(chain, forms, convex.test_data, settings=settings, **QUIET)
     for row in found.losses[1:]:
         assert torch.allclose(row, found.losses[0], rtol=0, atol=1e-12)
 
@@ -493,10 +483,11 @@ def test_retraining_refuses_other_stages_and_test_data(convex, mlp):
     first, second = mlp.stages()
     other = Stage(nn.Linear(4, 3, dtype=F64), second.head, second.loss, second.data)
     with pytest.raises(ValueError, match="must have the same parameters; the names differ"):
-        retrain_without(first, other, [[0]], mlp.test_data, **QUIET)
+        retrain_without(two(first, other), [[0]], mlp.test_data, **QUIET)
     x, y = mlp.test_data
     with pytest.raises(ValueError, match="test data: the target of example 1 is 7, outside"):
-        retrain_without(first, second, [[0]], (x, torch.tensor([0, 7, 0, 0, 0, 0])), **QUIET)
+        wrong = x, torch.tensor([0, 7, 0, 0, 0, 0])
+        retrain_without(two(first, second), [[0]], wrong, **QUIET)
     assert y.shape == (6,)
 
 
@@ -529,8 +520,9 @@ def test_recurrent_models_are_retrained_one_after_the_other(alpha: float | None)
         finetune = Stage(copy.deepcopy(embedding), heads[1], cross_entropy, data(10), l2=0.1)
         train(finetune, 1e-9, towards=pretrain.embedding_vector(), alpha=alpha)
     result = retrain_without(
-        pretrain, finetune, [[0], [3]], data(4), alpha=alpha, tol=1e-8, progress=False
-    )
+        two(pretrain, finetune, alpha), [[0], [3]], data(4),
+        settings=RetrainingSettings(tol=1e-8), **QUIET,
+    )  # fmt: skip
     assert result.converged.all() and result.converged_before
     assert result.losses.shape == (2, 4) and (result.change != 0).all()
 
@@ -539,4 +531,5 @@ def test_a_stage_read_in_part_is_refused(mlp: Problem):
     """As sharded ones are: a sum over a share would pass for the sum over all."""
     first, second = mlp.stages()
     with pytest.raises(ValueError, match=r"whole stages, not sharded ones.*jobs="):
-        retrain_without(first.section(range(3)), second, [[0]], mlp.test_data)
+        chain = two(first.section(range(3)), second, stationarity_tol=float("inf"))
+        retrain_without(chain, [[0]], mlp.test_data)

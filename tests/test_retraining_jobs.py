@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
@@ -21,11 +22,12 @@ from distributed.scheduler import KilledWorker
 from problems import ALPHAS, F64, Problem
 from torch import Tensor, nn
 
-from msif_lib import Stage, cross_entropy
+from msif_lib import Chain, Stage, cross_entropy, repetition
 from msif_lib import retraining as module
 from msif_lib.curvature import Hessian
-from msif_lib.retraining import Retraining, retrain_without
-from msif_lib.support.checkpoint import Checkpoint, stage_fingerprint
+from msif_lib.links import Frozen, Optimum, Proximal
+from msif_lib.retraining import Retraining, RetrainingSettings, retrain_without
+from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.fingerprint import fingerprint, rounded
 from msif_lib.support.jobs import _Shared, as_finished
 
@@ -41,10 +43,13 @@ def assert_same_bits(a: Retraining, b: Retraining) -> None:
 
 def retrain(problem: Problem, alpha: float | None = None, **settings) -> Retraining:
     settings = {"models_at_once": 2, "progress": False, "removals": REMOVALS} | settings
-    stages = settings.pop("stages", None) or problem.stages(alpha)
-    return retrain_without(
-        *stages, test=settings.pop("test", problem.test_data), alpha=alpha, **settings
-    )
+    first, second = settings.pop("stages", None) or problem.stages(alpha)
+    link = Frozen(second) if alpha is None else Proximal(second, alpha)
+    chain = Chain([Optimum(first), link], stationarity_tol=float("inf"), progress=False)
+    names = {field.name for field in dataclasses.fields(RetrainingSettings)}
+    how = RetrainingSettings(**{name: settings.pop(name) for name in names & set(settings)})
+    test = settings.pop("test", problem.test_data)
+    return retrain_without(chain, test=test, settings=how, **settings)
 
 
 class Counter:
@@ -69,8 +74,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Counter:
 @pytest.fixture
 def factorised(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Counts the Hessians that are factorised."""
-    counter = Counter(module.AbsoluteInverse.__init__)
-    monkeypatch.setattr(module.AbsoluteInverse, "__init__", lambda *args: counter(*args))
+    counter = Counter(repetition.AbsoluteInverse.__init__)
+    monkeypatch.setattr(repetition.AbsoluteInverse, "__init__", lambda *args: counter(*args))
     return counter
 
 
@@ -122,12 +127,15 @@ def test_models_and_losses_of_the_caller_s_own_reach_the_processes():
         )
         for part in (slice(0, 20), slice(20, 34))
     ]
+    links = [Optimum(stages[0]), Frozen(stages[1])]
+    chain = Chain(links, stationarity_tol=float("inf"), progress=False)
     found = [
         retrain_without(
-            *stages, [[0], [5], [7]], (x[34:], y[34:]), models_at_once=1, jobs=jobs, progress=False
+            chain, [[0], [5], [7]], (x[34:], y[34:]),
+            settings=RetrainingSettings(models_at_once=1, jobs=jobs), progress=False,
         )
         for jobs in (1, 2)
-    ]
+    ]  # fmt: skip
     assert_same_bits(*found)
     assert found[0].converged.all()
 
@@ -215,13 +223,13 @@ def test_other_removals_share_the_reference_and_the_factors(convex, tmp_path, tr
 def test_a_given_hessian_is_factorised_once_and_known_again(convex, tmp_path, trained, factorised):
     hessian = Hessian(convex.stages(ALPHAS[0])[0]).dense()
     settings = {"alpha": ALPHAS[0], "removals": [[0], [4]], "checkpoint": tmp_path}
-    base = retrain(convex, **settings, pretrain_hessian=hessian)
+    base = retrain(convex, **settings, first_hessian=hessian)
     assert (trained.calls, factorised.calls) == (2, 2)
-    again = retrain(convex, **settings, pretrain_hessian=hessian)
+    again = retrain(convex, **settings, first_hessian=hessian)
     assert_same_bits(base, again)
-    retrain(convex, **{**settings, "removals": [[1]]}, pretrain_hessian=hessian, damping=1e-3)
+    retrain(convex, **{**settings, "removals": [[1]]}, first_hessian=hessian, damping=1e-3)
     assert factorised.calls == 2, "damping is added to what is there"
-    retrain(convex, **settings, pretrain_hessian=2 * hessian)
+    retrain(convex, **settings, first_hessian=2 * hessian)
     assert factorised.calls == 3
     assert trained.calls == 2 + 2 + 2
 
@@ -303,7 +311,7 @@ def test_every_key_holds_the_versions(mlp, monkeypatch):
     stage = mlp.stages()[0]
 
     def keys() -> list[str]:
-        return [fingerprint(), fingerprint(torch.ones(2)), stage_fingerprint(stage)]
+        return [fingerprint(), fingerprint(torch.ones(2)), fingerprint(stage.identity())]
 
     before = keys()
     assert keys() == before
@@ -374,11 +382,13 @@ def test_digests_tell_structures_apart(mlp):
     assert len({fingerprint(*parts) for parts in different}) == len(different)
     assert fingerprint(x[:, :2]) == fingerprint(torch.zeros(2, 2))
     first, second = mlp.stages()
-    assert stage_fingerprint(first) == stage_fingerprint(mlp.stages()[0])
-    assert stage_fingerprint(first) != stage_fingerprint(second)
+    assert fingerprint(first.identity()) == fingerprint(mlp.stages()[0].identity())
+    assert fingerprint(first.identity()) != fingerprint(second.identity())
     inputs, targets = first.data
     unaligned = torch.empty(inputs.numel() + 1, dtype=F64)[1:].view(inputs.shape).copy_(inputs)
-    assert stage_fingerprint(first) == stage_fingerprint(first.with_data((unaligned, targets)))
+    assert fingerprint(first.identity()) == fingerprint(
+        first.with_data((unaligned, targets)).identity()
+    )
     values = torch.tensor([3.0, -1e-9, 0.0, 2e-4], dtype=F64)
     noise = 1e-13 * torch.tensor([1.0, 1e5, -1.0, -1.0], dtype=F64)
     assert fingerprint(rounded(values)) == fingerprint(rounded(values + noise))
@@ -393,13 +403,13 @@ def test_digests_tell_structures_apart(mlp):
 @pytest.mark.parametrize("alpha", [None, ALPHAS[0]])
 def test_larger_models_are_preconditioned_by_a_sketch(convex, alpha, monkeypatch, tmp_path):
     exact = retrain(convex, alpha, tol=1e-11)
-    monkeypatch.setattr(module, "_DENSE_PARAMETERS", 0)
+    monkeypatch.setattr(repetition, "_DENSE_PARAMETERS", 0)
     monkeypatch.setattr("msif_lib.curvature.FEWEST_ROWS", 1)
     sketched = retrain(convex, alpha, tol=1e-11, checkpoint=tmp_path)
     assert sketched.converged.all()
     assert torch.allclose(exact.losses, sketched.losses, atol=1e-9)
     assert_same_bits(sketched, retrain(convex, alpha, tol=1e-11, jobs=2))
-    monkeypatch.setattr(module, "_preconditioner", lambda *_: None)
+    monkeypatch.setattr(repetition, "_preconditioner", lambda *_: None)
     plain = retrain(convex, alpha, tol=1e-11)
     assert torch.allclose(exact.losses, plain.losses, atol=1e-9)
     assert sketched.evaluations.sum() < plain.evaluations.sum()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msif_lib.retraining import retrain_without
+from msif_lib.retraining import RetrainingSettings, retrain_without
 from msif_lib.study.datasets import TwoStageData
 from msif_lib.study.experiment import Case, Trained
 
@@ -57,7 +57,9 @@ def outcomes_without(
         Whether finetuning keeps or updates the embedding.
     removals
         R sets of positions in the pretraining data.
-    tol, models_at_once, checkpoint
+    tol, models_at_once
+        As of :class:`msif_lib.retraining.RetrainingSettings`.
+    checkpoint
         As for :func:`msif_lib.retraining.retrain_without`.
 
     Returns
@@ -76,10 +78,10 @@ def outcomes_without(
     labels = torch.arange(outputs.shape[1], device=targets.device)
     # Every test example with every label: the label of the lowest cross-entropy is the predicted.
     every = inputs.repeat_interleave(len(labels), 0), labels.repeat(len(targets))
+    settings = RetrainingSettings(tol=tol, models_at_once=models_at_once)
     after = retrain_without(
-        trained.pretrain, stage, removals, every,
-        alpha=trained.alpha if case == "updated" else None, renormalise=True, tol=tol,
-        models_at_once=models_at_once, checkpoint=checkpoint, progress=False,
+        trained.influence(case), removals, every, renormalise=True, settings=settings,
+        checkpoint=checkpoint, progress=False,
     )  # fmt: skip
 
     def tested(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
@@ -34,8 +35,14 @@ def fingerprint(*parts: object) -> str:
 
 
 def _flatten(part: object) -> Iterator[object]:
-    """The leaves of a nested structure, its keys, and how many there are on each level."""
-    if isinstance(part, dict):
+    """The leaves of a nested structure, its keys, and how many there are on each level.
+
+    A dataclass is known by its name and all of its fields.
+    """
+    if is_dataclass(part) and not isinstance(part, type):
+        yield type(part).__qualname__
+        yield from _flatten({field.name: getattr(part, field.name) for field in fields(part)})
+    elif isinstance(part, dict):
         yield from _flatten(list(part.items()))
     elif isinstance(part, list | tuple):
         yield len(part)

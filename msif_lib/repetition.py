@@ -1,0 +1,363 @@
+"""A link's training done again, for many models at once: other weights, another start.
+
+The trainings of R models are rows. :class:`Minimised` takes the link's objective, with a row of
+example weights and what the stage before handed on, to a vanishing gradient; :class:`Stepped`
+takes the recorded steps. Both leave the stage's modules as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from msif_lib.descent import run
+from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
+from msif_lib.preconditioner import GaussNewtonPreconditioner
+from msif_lib.stage import Stage
+from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.data import Nested, concatenate, leaves, map_leaves
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.minimise import (
+    AbsoluteInverse,
+    BatchedObjective,
+    Minimum,
+    RowPreconditioner,
+    minimise_near,
+)
+from msif_lib.support.parameters import Block
+
+# Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
+_DENSE_PARAMETERS = 4000
+
+
+def in_double(link: Link) -> Link:
+    """The same link in float64, on a deep copy of its stage.
+
+    Raises
+    ------
+    ValueError
+        The link is an approximation, without a training that could be done again.
+    """
+    stage = link.stage.to(torch.float64)
+    if isinstance(link, Unrolled):
+        path, double = link.path, torch.float64
+        start, end = path.start.to(stage.device, double), path.end.to(stage.device, double)
+        return Unrolled(stage, replace(path, start=start, end=end, states={}))
+    if isinstance(link, Proximal):
+        return Proximal(stage, link.alpha)
+    if isinstance(link, Optimum | Frozen):
+        return type(link)(stage)
+    raise ValueError(
+        f"{type(link).__name__} approximates a training of which no steps are known, so that it "
+        "cannot be done again; record the training and give Unrolled(stage, path)"
+    )
+
+
+class Repetition(ABC):
+    """A link's training, to be done again with other weights and from what is handed on.
+
+    Attributes
+    ----------
+    link
+        The link, in float64.
+    """
+
+    link: Link
+
+    @abstractmethod
+    def __call__(self, weights: Tensor, handed: Tensor | None) -> Minimum:
+        """Train R models.
+
+        Parameters
+        ----------
+        weights
+            Of the examples, ``(R, N)``.
+        handed
+            What each model takes from the stage before, ``(R, p_W)``; None for a first stage.
+
+        Returns
+        -------
+        Minimum
+            Where each training ended, over all parameters of the stage ``(R, p)``.
+        """
+
+    @abstractmethod
+    def identity(self) -> list[object]:
+        """All that the trainings depend on beside weights, what is handed on and settings."""
+
+
+@dataclass
+class Minimised(Repetition):
+    """Down to a vanishing gradient.
+
+    Attributes
+    ----------
+    link
+        An `Optimum`, `Frozen` or `Proximal` link, in float64.
+    start
+        Where each training begins, ``(p,)``; shared parameters that are not trained begin, and
+        stay, as they are handed.
+    cold
+        Whether `start` is elsewhere than at the trained parameters. Then a `Proximal` training
+        begins with the shared parameters that it is handed, as finetuning does.
+    tol, limit
+        Gradient norm to be reached, and evaluations allowed.
+    damping
+        Added to the eigenvalues of the preconditioner; see
+        :class:`msif_lib.retraining.RetrainingSettings`.
+    preconditioner
+        H₀⁻¹ with H₀ near the Hessian of what is trained.
+    """
+
+    link: Optimum | Frozen | Proximal
+    start: Tensor
+    cold: bool
+    tol: float
+    limit: int
+    damping: float
+    preconditioner: RowPreconditioner | None = None
+
+    def identity(self) -> list[object]:
+        """Kind, pull, where it begins, and the stage."""
+        alpha = self.link.alpha if isinstance(self.link, Proximal) else None
+        return [type(self.link).__name__, alpha, self.start, self.link.stage.identity()]
+
+    def precondition(self, kept: Checkpoint, matrix: Tensor | None = None) -> None:
+        """Factorise the Hessian at the trained parameters, or read its factors."""
+        key = () if kept.folder is None else (*self.identity(), matrix)
+        self.preconditioner = _preconditioner(kept, key, self.link, self.damping, matrix)
+
+    def __call__(self, weights: Tensor, handed: Tensor | None) -> Minimum:
+        """Minimise all objectives together."""
+        parameters, block = self.link.stage.parameters, self.link.block
+        vectors = self._begin(len(weights), handed)
+        # A damped preconditioner is of use for longer; none is to be relied on to the end.
+        near = {"near": self.limit // 2} if self.damping else {}
+        found = minimise_near(
+            batched(self._terms(weights / self.link.stage.size, vectors, handed)),
+            _rows_of(parameters.take(vectors.T, block)),
+            self.tol,
+            self.preconditioner,
+            self.limit,
+            **near,
+        )
+        return replace(found, x=_rows_of(parameters.replaced(vectors.T, found.x.T, block)))
+
+    def _begin(self, count: int, handed: Tensor | None) -> Tensor:
+        """All parameters of each model before its training, ``(R, p)``."""
+        vectors = self.start.expand(count, -1).contiguous()
+        if handed is None:
+            return vectors
+        stage = self.link.stage
+        taken = self.link.kept
+        if self.cold and isinstance(self.link, Proximal):
+            taken = stage.shared
+        given = stage.parameters.take(_with_shared(vectors, handed).T, taken)
+        return _rows_of(stage.parameters.replaced(vectors.T, given, taken))
+
+    def _terms(self, coefficients: Tensor, vectors: Tensor, handed: Tensor | None) -> Terms:
+        """The objective of the link: that of its stage, and the pull of a proximal one."""
+        link, stage = self.link, self.link.stage
+        if stage.composed and not set(link.block) & set(stage.shared):
+            terms = _terms_on_features(stage, link.block, coefficients, vectors)
+        else:
+            terms = stage_terms(stage, link.block, coefficients, vectors)
+        if not isinstance(link, Proximal) or handed is None:
+            return terms
+        centres = _rows_of(stage.parameters.take(_with_shared(vectors, handed).T, link.block))
+
+        def pulled(x: Tensor, which: Tensor) -> Iterator[Tensor]:
+            yield (link.pull * (x - centres[which]).square()).sum(1) / 2  # α‖W_r − c_r‖²
+            yield from terms(x, which)
+
+        return pulled
+
+
+@dataclass
+class Stepped(Repetition):
+    """The steps of a recorded training, wherever they end.
+
+    Attributes
+    ----------
+    link
+        The link, in float64.
+    """
+
+    link: Unrolled
+
+    def identity(self) -> list[object]:
+        """The path and the stage."""
+        return [*self.link.settings(), self.link.stage.identity()]
+
+    def __call__(self, weights: Tensor, handed: Tensor | None) -> Minimum:
+        """Take the steps; how far from an optimum they end is reported, and no failure."""
+        stage, path, count = self.link.stage, self.link.path, len(weights)
+        start = path.start.expand(count, -1).contiguous()
+        end = run(stage, path, weights, start if handed is None else _with_shared(start, handed))
+        which = torch.arange(count, device=end.device)
+        terms = stage_terms(stage, stage.trained, weights / stage.size, end)
+        x = _rows_of(stage.parameters.take(end.T, stage.trained))
+        norms = batched(terms)(x, which)[1].norm(dim=1)
+        done = torch.ones(count, dtype=torch.bool, device=end.device)
+        return Minimum(end, norms, done, torch.full_like(which, len(path)))
+
+
+def _with_shared(vectors: Tensor, handed: Tensor) -> Tensor:
+    """Rows ``(R, p)`` with the shared parameters replaced, which come first."""
+    return torch.cat([handed, vectors[:, handed.shape[1] :]], 1)
+
+
+def _rows_of(columns: Tensor) -> Tensor:
+    return columns.T.contiguous()
+
+
+# --- R objectives at once ------------------------------------------------------------------------
+
+
+def for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
+    """Apply a function of one model to R of them, the first dimension of every argument.
+
+    Vectorised by `torch.func.vmap`; one model after the other where a layer cannot be
+    (recurrent ones have no batching rule).
+    """
+    try:
+        return vmap(function)(*arguments)
+    except RuntimeError as error:
+        if "atching rule" not in str(error):
+            raise
+        count = leaves(arguments[0])[0].shape[0]
+        each = [function(*map_leaves(itemgetter(row), arguments)) for row in range(count)]
+        return concatenate([map_leaves(itemgetter(None), one) for one in each])
+
+
+#: A term of R objectives: maps parameters (r, p) and the objectives' numbers (r,) to values (r,).
+Terms = Callable[[Tensor, Tensor], Iterator[Tensor]]
+
+
+def batched(terms: Terms) -> BatchedObjective:
+    """Values and gradients of objectives given as sums of terms, one a batch of data.
+
+    Objective r depends on row r alone, so one backward pass through their sum gives every
+    gradient.
+    """
+
+    def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        value, gradient = x.new_zeros(len(x)), torch.zeros_like(x)
+        for term in terms(x, which):
+            if term.requires_grad:
+                gradient += torch.autograd.grad(term.sum(), x)[0]
+            value += term.detach()
+        return value, gradient
+
+    return objective
+
+
+def stage_terms(stage: Stage, block: Block, coefficients: Tensor, vectors: Tensor) -> Terms:
+    """Σ_j c_rj ℓ_j + R as a function of a block of the parameters; c ``(R, N)``.
+
+    The others are those of `vectors` ``(R, p)``.
+    """
+
+    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
+        yield _penalties(stage, block, x, vectors[which])
+        start = 0
+        for batch in stage.batches():
+            losses = for_each_model(
+                lambda rows, vector, b=batch: stage.batch_losses(
+                    stage.parameters.parts(vector, (block, rows)), *b
+                ),
+                x,
+                vectors[which],
+            )
+            stop = start + losses.shape[1]
+            yield (coefficients[which, start:stop] * losses).sum(1)
+            start = stop
+
+    return terms
+
+
+def _terms_on_features(stage: Stage, block: Block, coefficients: Tensor, vectors: Tensor) -> Terms:
+    """The same where the embedding stays, which is then evaluated once."""
+    views = stage.parameters.views
+    with torch.no_grad():
+        embedded = [
+            (for_each_model(lambda v, i=inputs: stage.features(views(v), i), vectors), targets)
+            for inputs, targets in stage.batches()
+        ]
+
+    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
+        yield _penalties(stage, block, x, vectors[which])
+        start = 0
+        for features, targets in embedded:
+            losses = for_each_model(
+                lambda rows, vector, f, t=targets: stage.feature_losses(
+                    stage.parameters.parts(vector, (block, rows)), f, t
+                ),
+                x,
+                vectors[which],
+                map_leaves(lambda leaf: leaf[which], features),
+            )
+            stop = start + losses.shape[1]
+            yield (coefficients[which, start:stop] * losses).sum(1)
+            start = stop
+
+    return terms
+
+
+def _penalties(stage: Stage, block: Block, x: Tensor, vectors: Tensor) -> Tensor:
+    parts = stage.parameters.parts
+    return for_each_model(lambda rows, v: stage.penalty(parts(v, (block, rows))), x, vectors)
+
+
+# --- preconditioners -----------------------------------------------------------------------------
+
+
+def _preconditioner(
+    kept: Checkpoint,
+    key: tuple[object, ...],
+    link: Optimum | Frozen | Proximal,
+    damping: float,
+    matrix: Tensor | None,
+) -> RowPreconditioner | None:
+    """The inverse of a matrix near the Hessian, kept under a name for `key`.
+
+    The Hessian itself where it is given as a `matrix` or small enough to be factorised, else a
+    sketch of the Gauss-Newton matrix.
+    """
+    link = copy.copy(link)  # its operator holds graphs, which no job is to be sent
+    if matrix is not None or link.stage.parameters.count(link.block) <= _DENSE_PARAMETERS:
+        name = f"preconditioner-{fingerprint(*key)}"
+        factors = kept.get(name)
+        if factors is None:
+            made = AbsoluteInverse(link.operator.dense() if matrix is None else matrix)
+            factors = {"values": made.values, "vectors": made.vectors}
+            kept.put(name, factors)
+        return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
+    name = f"preconditioner-{fingerprint(*key, damping)}"
+    factors = kept.get(name)
+    if factors is None:
+        sketch = link.operator.preconditioner(damping)  # type: ignore[attr-defined]
+        if sketch is None:
+            return None
+        factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
+        kept.put(name, factors)
+    return _Sketched(GaussNewtonPreconditioner(**factors))
+
+
+class _Sketched:
+    """The sketch's P⁻¹ = S Sᵀ on rows."""
+
+    def __init__(self, sketch: GaussNewtonPreconditioner) -> None:
+        self._sketch = sketch
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._sketch.root(self._sketch.root_transposed(rows.T)).T
