@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -178,7 +178,8 @@ class Path:
                 "rate of each step, weights= and l2= of the stage (torch's coupled weight_decay), "
                 "and see that dropout and augmentation drew from noise_seed or not at all"
             )
-        return path
+        # Where the user's training ended, bit by bit: what came after it began there.
+        return replace(path, end=end)
 
 
 def _near(a: Tensor, b: Tensor, way: Tensor) -> bool:
