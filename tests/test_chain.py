@@ -1,0 +1,396 @@
+"""Chains of trainings against trainings done again: the scores of the examples of every stage."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from chains import (
+    EMBEDDING,
+    Fit,
+    Fits,
+    Recipe,
+    convex_net,
+    examples,
+    mlp,
+    randomised,
+    weights_of,
+)
+from problems import F64, check
+from torch import Tensor
+
+from msif_lib import Chain
+from msif_lib.solvers import MinRes
+from msif_lib.training import SGD, AdamW
+
+pytestmark = pytest.mark.numeric
+
+EXACT = 1e-9  # against what is differentiated in another way
+STEP = 1e-3
+CHOSEN = [0, 5, 10]
+NETS = {"convex": (convex_net, {"embedding.weight": "embedding.weight"}), "mlp": (mlp, EMBEDDING)}
+LAST = {"convex": 3, "mlp": 4}  # classes of a third stage
+HEAD = {"convex": ["head.linear.weight", "head.linear.bias"], "mlp": ["head.weight", "head.bias"]}
+
+
+def fit(family: str, stage: int, seed: int, **settings) -> Fit:
+    """One stage: sizes, classes, weights and weight decay are its own."""
+    net, shared = NETS[family]
+    count, classes, l2 = [(19, 3, 0.05), (14, 2, 0.03), (11, LAST[family], 0.08)][stage]
+    seed = 10 * seed + stage
+    model = randomised(net(classes), seed)
+    if stage:
+        settings["shared"] = shared
+    return Fit(model, examples(count, classes, seed), l2, weights_of(count, seed), **settings)
+
+
+@functools.cache
+def solved(family: str, kinds: tuple[str, ...], seed: int) -> Fits:
+    """Trainings to optima, the first from anywhere."""
+    settings = {
+        "optimum": {}, "frozen": {"trained": HEAD[family]}, "proximal": {"alpha": 0.07},
+    }  # fmt: skip
+    fits = [fit(family, stage, seed, **settings[kind]) for stage, kind in enumerate(kinds)]
+    return Fits(fits, examples(6, [3, 2, LAST[family]][len(kinds) - 1], 10 * seed + 9))
+
+
+def scores(fits: Fits) -> list[Tensor]:
+    """Through the public names, one column a test example."""
+    chain = Chain(fits.links(), progress=False)
+    return [one.values for one in chain.scores(fits.test, per_test=True)]
+
+
+# --- optima --------------------------------------------------------------------------------------
+
+SOLVED = [
+    ("optimum",),
+    ("optimum", "frozen"),
+    ("optimum", "proximal"),
+    ("optimum", "proximal", "frozen"),
+    ("optimum", "proximal", "proximal"),
+]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("family", NETS)
+@pytest.mark.parametrize("kinds", SOLVED, ids=" to ".join)
+def test_chains_of_optima_are_the_dense_formula(family, kinds, seed):
+    fits = solved(family, kinds, seed)
+    for values, exact in zip(scores(fits), fits.exact(), strict=True):
+        check(values, exact, EXACT)
+
+
+@pytest.mark.parametrize("family", NETS)
+@pytest.mark.parametrize("kinds", SOLVED, ids=" to ".join)
+def test_chains_of_optima_are_what_retraining_says(family, kinds):
+    fits = solved(family, kinds, 0)
+    for stage, values in enumerate(scores(fits)):
+        check(values[CHOSEN], fits.differences(stage, CHOSEN, STEP))
+
+
+def test_a_head_trained_on_a_frozen_embedding_hands_nothing_of_its_own_on():
+    fits = solved("mlp", ("optimum", "frozen", "proximal"), 0)
+    given = Chain(fits.links(MinRes(tol=1e-12)), progress=False).scores(fits.test, per_test=True)
+    check(given[0].values, fits.exact()[0], EXACT)
+    assert (given[1].values == 0).all()
+    assert fits.differences(1, CHOSEN, STEP).abs().max() < 1e-10
+    check(given[2].values, fits.exact()[2], EXACT)
+
+
+@pytest.mark.parametrize(
+    "variant", ["2 alpha dropped", "cross term dropped", "the first stage's N"]
+)
+@pytest.mark.parametrize("family", NETS)
+def test_wrong_chains_of_optima_are_refused(family, variant):
+    fits = solved(family, ("optimum", "proximal", "frozen"), 0)
+    wrong, refused = fits.exact(variant), 0
+    for stage, values in enumerate(scores(fits)):
+        exact = fits.differences(stage, CHOSEN, STEP)
+        try:
+            check(wrong[stage][CHOSEN], exact)
+        except AssertionError:
+            refused += 1
+            with pytest.raises(AssertionError, match="relative error"):
+                check(values, wrong[stage], EXACT)
+    # What is wrong in a later stage does not touch its own examples, only those before.
+    assert refused == (1 if variant == "2 alpha dropped" else 2)
+
+
+# --- recorded trainings --------------------------------------------------------------------------
+
+
+def sgd(l2: float = 0.0, **settings) -> Recipe:
+    """torch.optim.SGD, with its coupled weight decay as the stage's l2."""
+    torchs = dict(settings, weight_decay=l2)
+    return Recipe(
+        lambda parameters: torch.optim.SGD(parameters, **torchs), SGD(**settings), coupled=bool(l2)
+    )
+
+
+def adam(coupled: float = 0.0, **settings) -> Recipe:
+    """torch.optim.AdamW, or torch.optim.Adam with its coupled weight decay as the stage's l2."""
+    if coupled:
+        ours = AdamW(weight_decay=0.0, **settings)
+        make = functools.partial(torch.optim.Adam, weight_decay=coupled, **settings)
+    else:
+        ours, make = AdamW(**settings), functools.partial(torch.optim.AdamW, **settings)
+    return Recipe(make, ours, coupled=bool(coupled))
+
+
+RECIPES = {
+    "sgd": sgd(lr=0.3),
+    "momentum": sgd(lr=0.1, momentum=0.8),
+    "momentum, coupled decay": sgd(l2=0.05, lr=0.1, momentum=0.8),
+    "nesterov": sgd(lr=0.1, momentum=0.7, nesterov=True),
+    "adamw": adam(lr=0.03, betas=(0.8, 0.95), weight_decay=0.3),
+    "adam, coupled decay": adam(coupled=0.05, lr=0.03, betas=(0.8, 0.95)),
+}
+
+
+def stepped(family: str, first: str | None, second: str | None, seed: int = 0) -> Fits:
+    """Two trainings, each by a recipe, with cosine rates and odd last batches, or to an optimum."""
+    fits = []
+    for stage, name in enumerate((first, second)):
+        settings: dict = {} if stage == 0 or name is not None else {"trained": HEAD[family]}
+        if name is not None:
+            # 19 = 4 · 4 + 3 and 14 = 2 · 5 + 4 examples.
+            size, epochs = [(4, 2), (5, 3)][stage]
+            settings["recipe"] = replace(
+                RECIPES[name], batch_size=size, epochs=epochs, seed=stage, cosine=True
+            )
+        fits.append(fit(family, stage, seed, **settings))
+        if name is not None and RECIPES[name].coupled:
+            fits[-1].l2 = 0.05
+    return Fits(fits, examples(6, 2, 10 * seed + 9))
+
+
+STEPPED = [
+    *((name, "momentum") for name in RECIPES),
+    *((None, name) for name in RECIPES if name != "momentum"),
+    ("nesterov", None),
+    ("adamw", None),
+    ("adam, coupled decay", "adamw"),
+]
+
+
+def named(pair: tuple[str | None, str | None]) -> str:
+    first, second = pair
+    return f"{first or 'optimum'} to {second or 'frozen'}"
+
+
+@pytest.mark.parametrize("pair", STEPPED, ids=named)
+def test_chains_through_trainings_by_torch_are_what_training_again_says(pair):
+    fits = stepped("mlp", *pair)
+    given, exact = scores(fits), fits.exact()
+    for stage, values in enumerate(given):
+        check(values[CHOSEN], fits.differences(stage, CHOSEN, STEP))
+        check(values, exact[stage], EXACT)
+
+
+@pytest.mark.parametrize("pair", [("momentum", "adamw"), (None, "nesterov"), ("adamw", None)])
+def test_another_seed_and_another_model(pair):
+    fits = stepped("convex", *pair, seed=1)
+    for values, exact in zip(scores(fits), fits.exact(), strict=True):
+        check(values, exact, EXACT)
+
+
+def test_three_stages_of_which_the_middle_one_was_stopped_early():
+    tuned = fit("mlp", 1, 4, recipe=replace(RECIPES["adamw"], cosine=True))
+    fits = Fits(
+        [fit("mlp", 0, 4), tuned, fit("mlp", 2, 4, trained=HEAD["mlp"])], examples(6, 4, 49)
+    )
+    exact = fits.exact()
+    for stage, values in enumerate(scores(fits)):
+        check(values, exact[stage], EXACT)
+        check(values[CHOSEN[:2]], fits.differences(stage, CHOSEN[:2], STEP))
+
+
+WRONG = {
+    "momentum dropped": ("momentum", "momentum", 2),
+    "buffers carried over a stage's end": ("momentum", "momentum", 1),
+    "the head's cotangent handed back": ("nesterov", "momentum", 1),
+    "B for N": ("sgd", "sgd", 2),
+    "decay forgotten": ("adamw", "adamw", 2),
+    "bias correction dropped": ("adamw", "adamw", 2),
+    "the first stage's N": ("momentum", "adamw", 1),
+    "cross term dropped": ("momentum", None, 1),
+}
+
+
+@pytest.mark.parametrize("variant", WRONG)
+def test_wrong_walks_are_refused(variant):
+    first, second, expected = WRONG[variant]
+    fits = stepped("mlp", first, second)
+    wrong, given, refused = fits.exact(variant), scores(fits), 0
+    for stage, values in enumerate(given):
+        try:
+            check(values, wrong[stage])
+        except AssertionError:
+            refused += 1
+            with pytest.raises(AssertionError, match="relative error"):
+                check(wrong[stage][CHOSEN[:1]], fits.differences(stage, CHOSEN[:1], STEP))
+    assert refused == expected
+
+
+# --- other examples than a stage's own -----------------------------------------------------------
+
+
+def enlarged(fits: Fits, stage: int, others: tuple[Tensor, Tensor]) -> Fits:
+    """The same chain with further examples of weight 0 in a stage, its objective unchanged."""
+    copies = []
+    for number, one in enumerate(fits.fits):
+        data, weights = one.data, one.weights
+        if number == stage:
+            data = tuple(torch.cat([own, more]) for own, more in zip(one.data, others))
+            grown = len(data[1]) / one.size
+            weights = torch.cat([one.weights * grown, torch.zeros(len(others[1]), dtype=F64)])
+        copies.append(
+            Fit(
+                one.model, data, one.l2, weights, shared=one.shared, trained=one.trained,
+                alpha=one.alpha,
+            )
+        )  # fmt: skip
+    return Fits(copies, fits.test)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_scores_of_other_examples_are_those_of_members_of_weight_0(stage):
+    fits = solved("mlp", ("optimum", "proximal", "frozen"), 0)
+    others = examples(4, [3, 2, 4][stage], 77)
+    chain = Chain(fits.links(), progress=False)
+    given = chain.scores(fits.test, per_test=True, of={stage: others})
+    more = enlarged(fits, stage, others)
+    size = fits.fits[stage].size
+    chosen = [size, size + 3]
+    check(given[stage].values[[0, 3]], more.differences(stage, chosen, STEP))
+    for number, values in enumerate(scores(fits)):
+        if number != stage:
+            check(given[number].values, values, EXACT)
+    assert not given[stage].of_training_set
+    if stage == 0:
+        bare = chain.scores(fits.test, per_test=True, of=others)
+        assert torch.equal(bare[0].values, given[0].values)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_other_examples_of_a_recorded_training_are_in_every_step_s_objective(stage):
+    fits = stepped("mlp", "momentum", "adamw")
+    others = examples(3, [3, 2][stage], 77)
+    chain = Chain(fits.links(), progress=False)
+    given = chain.scores(fits.test, per_test=True, of={stage: others})[stage].values
+    rows, own = [], fits.fits[stage]
+    for example in range(3):
+        losses = {}
+        for k in (-2, -1, 1, 2):
+            own.outside = others, k * STEP * torch.eye(3, dtype=F64)[example]
+            losses[k] = fits.retrained(stage, own.weights)
+        own.outside = None
+        rows.append((losses[-2] - 8 * losses[-1] + 8 * losses[1] - losses[2]) / (12 * STEP))
+    check(given, torch.stack(rows))
+
+
+def test_the_scores_of_an_unknown_stage_are_asked_for_in_vain():
+    fits = stepped("mlp", "momentum", None)
+    chain = Chain(fits.links(), progress=False)
+    for number in (2, -1):
+        with pytest.raises(
+            ValueError, match=rf"of= names stages by their numbers, 0..1, not .*{number}"
+        ):
+            chain.scores(fits.test, of={number: examples(2, 3, 0)})
+    with pytest.raises(ValueError, match="of: "):
+        chain.scores(fits.test, of={1: (torch.zeros(2, 5, dtype=F64), torch.tensor([0, 9]))})
+
+
+# --- what else a chain answers -------------------------------------------------------------------
+
+EITHER = [("optimum", "proximal", "frozen"), ("momentum", "adamw")]
+
+
+def either(kind: tuple[str, ...]) -> Fits:
+    return stepped("mlp", *kind) if len(kind) == 2 else solved("mlp", kind, 0)
+
+
+@pytest.mark.parametrize("kind", EITHER, ids=" to ".join)
+def test_columns_are_walks_of_their_own_and_the_sum_is_that_of_the_columns(kind):
+    fits = either(kind)
+    chain = Chain(fits.links(), progress=False)
+    together = chain.scores(fits.test, per_test=True)
+    gradients = chain.test_gradients(fits.test, per_test=True)
+    summed = chain.scores(fits.test)
+    pulled = chain.pull_back(gradients)
+    alone = chain.pull_back(gradients[:, 2:3])
+    for stage, one in enumerate(together):
+        assert one.values.shape == (fits.fits[stage].size, 6)
+        assert summed[stage].values.shape == (fits.fits[stage].size,)
+        check(summed[stage].values, one.values.sum(1), EXACT)
+        check(pulled[stage].values, one.values, EXACT)
+        check(alone[stage].values[:, 0], one.values[:, 2], EXACT)
+
+
+@pytest.mark.parametrize("kind", EITHER, ids=" to ".join)
+def test_sensitivity_is_the_derivative_by_what_was_handed_over(kind):
+    fits = either(kind)
+    chain = Chain(fits.links(), progress=False)
+    gradients = chain.test_gradients(fits.test, per_test=True)
+    for stage in range(len(fits.fits) - 1):
+        found = chain.sensitivity(gradients, stage)
+        handed = fits.handed[stage + 1]
+        for entry in (0, len(handed) - 1):
+            losses = {}
+            for k in (-2, -1, 1, 2):
+                fits.handed[stage + 1] = (
+                    handed + k * STEP * torch.eye(len(handed), dtype=F64)[entry]
+                )
+                losses[k] = fits.retrained(stage + 1, fits.fits[stage + 1].weights)
+            fits.handed[stage + 1] = handed
+            slope = (losses[-2] - 8 * losses[-1] + 8 * losses[1] - losses[2]) / (12 * STEP)
+            check(found[entry], slope)
+    with pytest.raises(ValueError, match="hands nothing on"):
+        chain.sensitivity(gradients, len(fits.fits) - 1)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_self_influence_through_the_steps(name):
+    one = fit("mlp", 0, 3, recipe=replace(RECIPES[name], cosine=True))
+    fits = Fits([one], one.data)
+    chain = Chain(fits.links(), progress=False)
+    exact = fits.exact()[0].diagonal()
+    check(chain.self_influence(at_once=4).values, exact, EXACT)
+    check(chain.self_influence([3, 0]).values, exact[[3, 0]], EXACT)
+    for index in (0, 5):
+        check(exact[index : index + 1], fits.differences(0, [index], STEP)[0, index : index + 1])
+    with pytest.raises(ValueError, match="of one training"):
+        Chain(stepped("mlp", name, None).links(), progress=False).self_influence()
+
+
+def test_groups_and_effects_of_any_stage_with_weights():
+    fits = either(EITHER[0])
+    for stage, one in enumerate(Chain(fits.links(), progress=False).scores(fits.test)):
+        weights, size = fits.fits[stage].weights, fits.fits[stage].size
+        check(one.removal_effect, -weights * one.values / size, 1e-14)
+        assert torch.allclose(one.group([0, 3]), one.values[[0, 3]].sum(), rtol=1e-14)
+        assert torch.allclose(
+            one.group_effect([0, 3]), one.removal_effect[[0, 3]].sum(), rtol=1e-14
+        )
+        with pytest.raises(ValueError, match="have weights"):
+            _ = one.removal_effect_renormalised
+
+
+def test_reports_stand_with_their_stage_and_hold_no_nan():
+    fits = solved("mlp", ("optimum", "proximal", "frozen"), 0)
+    chain = Chain(fits.links(MinRes()), progress=False)
+    given = chain.scores(fits.test, per_test=True)
+    for one in given:
+        (report,) = one.solves
+        assert len(report.residuals) == 6
+        assert all(math.isfinite(r) for r in (*report.residuals, *report.history))
+        assert report.converged
+        assert set(one.gradient_norms) == {"stage 0", "stage 1", "stage 2"}
+    through = stepped("mlp", "momentum", None)
+    first, second = Chain(through.links(), progress=False).scores(through.test)
+    assert not first.solves
+    assert len(second.solves) == 1
+    assert set(first.gradient_norms) == {"finetuning"}
