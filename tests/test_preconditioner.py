@@ -13,6 +13,7 @@ from msif_lib.curvature import AddDiagonal, GaussNewton, Hessian, proximal_hessi
 from msif_lib.preconditioner import GaussNewtonPreconditioner, gauss_newton_rows
 from msif_lib.solvers import ConjugateGradient, Dense, MinRes
 
+pytestmark = pytest.mark.numeric
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
@@ -40,14 +41,14 @@ def untrained(examples: int = 40, loss=cross_entropy, l2: float = 0.01, **settin
 @pytest.mark.parametrize("loss", [cross_entropy, squared_error])
 def test_all_rows_together_are_the_gauss_newton_matrix(loss):
     stage = untrained(loss=loss, l2=0.0, batch_size=7)
-    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
+    rows = gauss_newton_rows(stage, stage.vector(), 10_000, stage.parameters.all)
     assert len(rows) == 40 * 3
     assert torch.allclose(rows.T @ rows, GaussNewton(stage).dense(), **CLOSE)
 
 
 def test_on_every_problem_all_rows_are_the_gauss_newton_matrix(problem: Problem):
     for stage in problem.stages():
-        rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
+        rows = gauss_newton_rows(stage, stage.vector(), 10_000, stage.parameters.all)
         exact = GaussNewton(stage).dense()
         own = GaussNewton(stage) @ torch.eye(len(exact), dtype=F64)
         assert torch.allclose(own, exact)
@@ -59,7 +60,7 @@ def test_on_every_problem_all_rows_are_the_gauss_newton_matrix(problem: Problem)
 
 def test_few_rows_have_the_trace_of_all():
     stage = untrained(loss=squared_error, l2=0.0)
-    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 60)
+    rows = gauss_newton_rows(stage, stage.vector(), 60, stage.parameters.all)
     exact = GaussNewton(stage).dense()
     # Half of the modes, chosen by chance since they are all alike: the trace is about right.
     assert float(rows.pow(2).sum()) == pytest.approx(float(exact.trace()), rel=0.2)
@@ -71,7 +72,7 @@ def test_ties_are_broken_by_chance_and_not_by_order():
     inputs = stage.data[0].clone()
     inputs[:30] *= 1e-3  # these examples hardly touch the first layer
     stage = stage.with_data((inputs, stage.data[1]))
-    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 60)
+    rows = gauss_newton_rows(stage, stage.vector(), 60, stage.parameters.all)
     exact = GaussNewton(stage).dense()
     assert float(rows[:, :24].pow(2).sum()) > 0.3 * float(exact[:24, :24].trace())
 
@@ -233,37 +234,38 @@ def test_the_papers_solver_goes_without(mlp: Problem):
 def test_the_rows_do_not_depend_on_the_batches():
     several, one = untrained(batch_size=3), untrained(batch_size=1000)
     for rows in (20, 1000):
-        at = one.split(one.vector())
-        a, b = (gauss_newton_rows(stage, at, rows) for stage in (several, one))
+        a, b = (
+            gauss_newton_rows(stage, one.vector(), rows, one.parameters.all)
+            for stage in (several, one)
+        )
         assert torch.allclose(a.T @ a, b.T @ b, **CLOSE)
 
 
 def test_the_output_limit_is_where_it_says(monkeypatch):
     stage = untrained()
     monkeypatch.setattr(module, "_LARGEST_OUTPUT", 3)
-    assert gauss_newton_rows(stage, stage.split(stage.vector()), 5) is not None
+    assert gauss_newton_rows(stage, stage.vector(), 5, stage.parameters.all) is not None
     monkeypatch.setattr(module, "_LARGEST_OUTPUT", 2)
-    assert gauss_newton_rows(stage, stage.split(stage.vector()), 5) is None
+    assert gauss_newton_rows(stage, stage.vector(), 5, stage.parameters.all) is None
 
 
 def test_of_many_examples_some_are_looked_at(monkeypatch):
     """Every other example: the mean over those in place of the mean over all."""
     stage = untrained(examples=39, l2=0.0)
     monkeypatch.setattr(module, "_EXAMPLES", 20)
-    rows = gauss_newton_rows(stage, stage.split(stage.vector()), 10_000)
+    rows = gauss_newton_rows(stage, stage.vector(), 10_000, stage.parameters.all)
     inputs, targets = stage.data
     half = stage.with_data((inputs[::2], targets[::2]))
     assert torch.allclose(rows.T @ rows, GaussNewton(half).dense(), **CLOSE)
 
 
-@pytest.mark.parametrize("block", ["embedding", "head"])
-def test_the_rows_of_a_block_are_those_of_the_whole(block):
+@pytest.mark.parametrize("name", ["shared", "own"])
+def test_the_rows_of_a_block_are_those_of_the_whole(name):
     stage = untrained(l2=0.0)
-    at = stage.split(stage.vector())
-    whole = gauss_newton_rows(stage, at, 20)
-    part = gauss_newton_rows(stage, at, 20, block)
-    of_w, of_h = whole.split([stage.embedding_size, stage.head_size], 1)
-    assert torch.allclose(part, {"embedding": of_w, "head": of_h}[block], **CLOSE)
+    block = getattr(stage, name)
+    whole = gauss_newton_rows(stage, stage.vector(), 20, stage.parameters.all)
+    part = gauss_newton_rows(stage, stage.vector(), 20, block)
+    assert torch.allclose(part, stage.parameters.take(whole.T, block).T, **CLOSE)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-8])
