@@ -16,6 +16,7 @@ from msif_lib import Stage
 from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian
 from msif_lib.solvers import MinRes
 
+pytestmark = pytest.mark.numeric
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 

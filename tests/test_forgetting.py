@@ -20,6 +20,7 @@ from msif_lib.solvers import Dense
 from msif_lib.study.forgetting import curvature, descent_gain, finetune_in_steps, proximal_gain
 from msif_lib.training import train
 
+pytestmark = pytest.mark.numeric
 F64 = torch.float64
 ALPHA = 0.07  # not 0.5, where a missing 2 alpha would not show
 RATE = 0.4

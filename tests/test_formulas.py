@@ -18,6 +18,7 @@ from msif_lib import (
 from msif_lib.curvature import Hessian
 from msif_lib.solvers import ConjugateGradient, Dense, Identity, MinRes, Solver
 
+pytestmark = pytest.mark.numeric
 CASES = (None, *ALPHAS)  # None is case 1
 EXACT = 1e-9  # what dense solvers must reach against the dense reference
 

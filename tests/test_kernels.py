@@ -16,6 +16,7 @@ from msif_lib.support.functional import (
     require_second_derivatives,
 )
 
+pytestmark = pytest.mark.numeric
 F64 = torch.float64
 LENGTHS = torch.tensor([3, 1, 2, 3])
 

@@ -20,6 +20,8 @@ from msif_lib import (
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
 from msif_lib.solvers import ConjugateGradient, Dense, MinRes
 
+pytestmark = pytest.mark.numeric
+
 
 def scores_of(problem, alpha, test=None, solver=None, per_test=False, stages=None):
     first, second = stages or problem.stages(alpha)

@@ -13,6 +13,7 @@ from msif_lib.study.stopping import finetune_plainly, stop_early, through_steps
 from msif_lib.support.minimise import Descent, descend
 from msif_lib.training import _adam, train
 
+pytestmark = pytest.mark.numeric
 F64 = torch.float64
 
 

@@ -25,6 +25,7 @@ from msif_lib.solvers import Dense, Identity, MinRes, Solver, SolverWarning
 from msif_lib.support import storage
 from msif_lib.support.data import Examples
 
+pytestmark = pytest.mark.numeric
 # The file of the first stage's scores in a folder.
 SCORES = "stage-0.npy"
 

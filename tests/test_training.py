@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from msif_lib import Stage, cross_entropy, training
 from msif_lib.training import TrainingWarning, train, train_kept
 
+pytestmark = pytest.mark.numeric
 F64 = torch.float64
 
 

@@ -8,6 +8,7 @@ import torch
 from problems import ALPHAS, F64, Pieces, Problem, check
 from torch import Tensor
 
+pytestmark = pytest.mark.numeric
 CHOSEN = (0, 5, 11, 20)
 
 
