@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,12 +21,15 @@ from chains import (
     randomised,
     weights_of,
 )
-from problems import F64, check
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import F64, check, log_loss, relative_error
+from torch import Tensor, nn
 
-from msif_lib import Chain
-from msif_lib.solvers import MinRes
-from msif_lib.training import SGD, AdamW
+from msif_lib import Chain, Stage
+from msif_lib.links import Frozen, Optimum, Proximal, Stopped, Unrolled
+from msif_lib.solvers import Dense, MinRes
+from msif_lib.training import SGD, AdamW, Path, descend
 
 pytestmark = pytest.mark.numeric
 
@@ -206,6 +211,24 @@ def test_three_stages_of_which_the_middle_one_was_stopped_early():
     for stage, values in enumerate(scores(fits)):
         check(values, exact[stage], EXACT)
         check(values[CHOSEN[:2]], fits.differences(stage, CHOSEN[:2], STEP))
+
+
+def test_finetuning_in_place_after_a_recorded_training():
+    """The first stage's modules are where the second ended; its path says where they were."""
+    found = []
+    for copied in (False, True):
+        embedding = randomised(mlp(3), 1).embedding
+        first = Stage(embedding, randomised(mlp(3), 2).head, log_loss, examples(19, 3, 1), l2=0.05)
+        settings = {"batch_size": 4, "progress": False}
+        path1 = descend(first, SGD(lr=0.1, momentum=0.8), epochs=2, seed=1, **settings)
+        used = copy.deepcopy(embedding) if copied else embedding
+        second = Stage(used, randomised(mlp(2), 3).head, log_loss, examples(14, 2, 2), l2=0.03)
+        path2 = descend(second, AdamW(lr=0.03), epochs=2, seed=2, **settings)
+        links = [Unrolled(first, path1), Unrolled(second, path2)]
+        found.append(Chain(links, progress=False).scores(examples(6, 2, 3), per_test=True))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.values, other.values)
+        assert one.values.abs().min() > 0
 
 
 WRONG = {
@@ -394,3 +417,210 @@ def test_reports_stand_with_their_stage_and_hold_no_nan():
     assert not first.solves
     assert len(second.solves) == 1
     assert set(first.gradient_norms) == {"finetuning"}
+
+
+# --- on disk -------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """What stops a call midway."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, where: type, method: str, number: int) -> list[int]:
+    """Let a method raise in its call of this number, and count its calls."""
+    original, calls = getattr(where, method), [0]
+
+    def counted(*arguments, **settings):
+        calls[0] += 1
+        if calls[0] == number:
+            raise Interrupted
+        return original(*arguments, **settings)
+
+    monkeypatch.setattr(where, method, counted)
+    return calls
+
+
+def same(given, whole) -> None:
+    """To the last bit, and with the same reports."""
+    for one, other in zip(given, whole, strict=True):
+        assert torch.equal(one.values, other.values)
+        assert one.solves == other.solves
+
+
+@pytest.mark.parametrize("per_test", [False, True])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_an_interrupted_chain_of_solves_goes_on(tmp_path, monkeypatch, number, per_test):
+    fits = solved("mlp", ("optimum", "proximal", "frozen"), 0)
+    chain = Chain(fits.links(MinRes()), progress=False)
+    whole = chain.scores(fits.test, per_test=per_test)
+    for where, method in ((MinRes, "solve"), (Stage, "directional_derivatives")):
+        out = tmp_path / method
+        with monkeypatch.context() as patch:
+            stop_at(patch, where, method, number)
+            with pytest.raises(Interrupted):
+                chain.scores(fits.test, per_test=per_test, out=out)
+        with monkeypatch.context() as patch:
+            calls = stop_at(patch, MinRes, "solve", 0)
+            same(chain.scores(fits.test, per_test=per_test, out=out), whole)
+            # Solved before the interruption is solved for good.
+            assert calls[0] == 3 - number + (method == "solve")
+        with monkeypatch.context() as patch:
+            stop_at(patch, MinRes, "solve", 1)
+            stop_at(patch, Stage, "directional_derivatives", 1)
+            same(chain.scores(fits.test, per_test=per_test, out=out), whole)
+
+
+@pytest.mark.parametrize("of", [None, {0: examples(4, 3, 5), 1: examples(3, 2, 6)}])
+@pytest.mark.parametrize("number", [3, 13, 18])
+def test_an_interrupted_walk_goes_on_where_it_was(tmp_path, monkeypatch, number, of):
+    fits = stepped("mlp", "momentum", "nesterov")
+    steps = [len(one.batches()) for one in fits.fits]
+    chain = Chain(fits.links(), progress=False)
+    whole = chain.scores(fits.test, of=of)
+    with monkeypatch.context() as patch:
+        stop_at(patch, SGD, "pull_back", number)
+        with pytest.raises(Interrupted):
+            chain.scores(fits.test, of=of, out=tmp_path / "out")
+    with monkeypatch.context() as patch:
+        calls = stop_at(patch, SGD, "pull_back", 0)
+        same(chain.scores(fits.test, of=of, out=tmp_path / "out"), whole)
+        # Taken again are at most the 3 steps of a part of the walk, between two kept states.
+        assert calls[0] <= sum(steps) - number + 1 + 3
+    with monkeypatch.context() as patch:
+        stop_at(patch, SGD, "pull_back", 1)
+        same(chain.scores(fits.test, of=of, out=tmp_path / "out"), whole)
+
+
+def test_what_belongs_to_another_problem_is_refused(tmp_path):
+    fits = solved("mlp", ("optimum", "proximal"), 0)
+    links = fits.links(MinRes())
+
+    def scores_of(links, test=fits.test, **settings):
+        return Chain(links, 1e9, progress=False).scores(test, out=tmp_path / "out", **settings)
+
+    scores_of(links)
+    first, second = (link.stage for link in links)
+    x, y = fits.test
+    for changed, asked in [
+        (links, {"test": (x + 1e-6, y)}),
+        (links, {"per_test": True}),
+        (links, {"of": examples(19, 3, 8)}),
+        (links, {"of": {1: examples(14, 2, 8)}}),
+        ([links[0], Proximal(second, 0.08, MinRes())], {}),
+        ([links[0], Proximal(second, 0.07, MinRes(tol=1e-9))], {}),
+        ([links[0], Proximal(second, 0.07, MinRes(), curvature="gauss-newton")], {}),
+        ([Optimum(first.with_weights(first.weights + 1e-3), MinRes()), links[1]], {}),
+        ([links[0], Proximal(second.with_weights(second.weights * 1.1), 0.07, MinRes())], {}),
+        ([Stopped(first, time=3.0), links[1]], {}),
+        ([links[0]], {"test": examples(6, 3, 9)}),
+    ]:
+        with pytest.raises(ValueError, match="belongs to another problem"):
+            scores_of(changed, **asked)
+    scores_of(links)
+
+    through = stepped("mlp", "momentum", "sgd")
+    one, two = through.links()
+    out = tmp_path / "paths"
+    chain = Chain([one, two], progress=False)
+    chain.scores(through.test, out=out)
+    path = replace(two.path, learning_rates=(*two.path.learning_rates[:-1], 0.0))
+    for changed, asked in [
+        ([one, Unrolled(two.stage, path)], {}),
+        ([one, two], {"of": examples(19, 3, 8)}),
+    ]:
+        with pytest.raises(ValueError, match="belongs to another problem"):
+            Chain(changed, progress=False).scores(through.test, out=out, **asked)
+
+
+# --- laws ----------------------------------------------------------------------------------------
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+@functools.cache
+def chain_of(kind: tuple[str, ...]) -> tuple[Fits, Chain]:
+    fits = either(kind)
+    return fits, Chain(fits.links(), progress=False)
+
+
+@given(SEEDS, st.integers(1, 4), st.sampled_from(EITHER))
+def test_scores_are_linear_in_the_functional(seed, count, kind):
+    _, chain = chain_of(kind)
+    generator = torch.Generator().manual_seed(seed)
+    size = chain.links[-1].stage.parameters.size
+    cotangents = torch.randn(size, count, generator=generator, dtype=F64)
+    factors = torch.randn(count, generator=generator, dtype=F64)
+    together = chain.pull_back(cotangents)
+    mixed = chain.pull_back((cotangents @ factors)[:, None])
+    for one, all_of in zip(mixed, together, strict=True):
+        check(one.values[:, 0], all_of.values @ factors, EXACT)
+
+
+@settings(max_examples=8)
+@given(SEEDS, st.sampled_from([0, 1, 2]))
+def test_a_permutation_of_the_examples_permutes_the_scores(seed, stage):
+    fits, chain = chain_of(EITHER[0])
+    order = torch.randperm(fits.fits[stage].size, generator=torch.Generator().manual_seed(seed))
+    links = list(chain.links)
+    old = links[stage].stage
+    new = old.with_data(tuple(part[order] for part in old.data)).with_weights(old.weights[order])
+    links[stage] = [Optimum, partial(Proximal, alpha=0.07), Frozen][stage](new, solver=Dense())
+    given = Chain(links, progress=False).scores(fits.test)
+    for number, one in enumerate(chain.scores(fits.test)):
+        exact = one.values[order] if number == stage else one.values
+        check(given[number].values, exact, 1e-8)
+
+
+def test_a_strong_pull_is_a_frozen_embedding():
+    exact = scores(solved("mlp", ("optimum", "frozen"), 0))
+    errors = []
+    for alpha in (1e2, 1e4):
+        fits = [fit("mlp", 0, 0), fit("mlp", 1, 0, alpha=alpha)]
+        given = scores(Fits(fits, solved("mlp", ("optimum", "frozen"), 0).test))
+        errors.append([relative_error(a, b) for a, b in zip(given, exact)])
+        assert max(errors[-1]) < 1 / alpha
+    # The difference falls as 1/alpha.
+    for weak, strong in zip(*errors):
+        assert 80 < weak / strong < 125
+
+
+@settings(max_examples=10)
+@given(SEEDS, st.integers(1, 11), st.sampled_from(["sgd", "constant"]))
+def test_a_training_cut_in_two_has_the_same_sum_of_scores(seed, cut, schedule):
+    """SGD without momentum has no memory: two stages in a row are one."""
+    data, l2, rates = examples(9, 3, 5), 0.05, [0.3] * 12
+    if schedule == "sgd":
+        rates = (
+            0.05 + 0.4 * torch.rand(12, generator=torch.Generator().manual_seed(seed))
+        ).tolist()
+    batches = [
+        batch
+        for epoch in range(4)
+        for batch in torch.randperm(
+            9, generator=torch.Generator().manual_seed(seed % 1000 + epoch)
+        ).split(4)
+    ]
+    start = randomised(mlp(3), seed % 97)
+    weights = weights_of(9, 4)
+
+    def taken(begin: nn.Module, first: int, last: int) -> Unrolled:
+        end = copy.deepcopy(begin)
+        stage = Stage.of(end, log_loss, data, l2=l2, weights=weights)
+        optimiser = torch.optim.SGD(end.parameters(), lr=1.0, weight_decay=l2)
+        for batch, rate in zip(batches[first:last], rates[first:last]):
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad()
+            (weights[batch] @ log_loss(end(data[0][batch]), data[1][batch]) / len(batch)).backward()
+            optimiser.step()
+        path = Path.record(
+            stage, begin.state_dict(), batches[first:last], SGD(lr=1.0), rates[first:last],
+            progress=False,
+        )  # fmt: skip
+        return Unrolled(stage, path)
+
+    test = examples(5, 3, 6)
+    (whole,) = Chain([taken(start, 0, 12)], progress=False).scores(test, per_test=True)
+    one = taken(start, 0, cut)
+    chain = Chain([one, taken(one.stage.model, cut, 12)], progress=False)
+    first, second = chain.scores(test, per_test=True)
+    check(first.values + second.values, whole.values, EXACT)
