@@ -45,39 +45,6 @@ class Minimum:
     evaluations: Tensor
 
 
-@dataclass(frozen=True)
-class Descent:
-    """Gradient descent with momentum for a given number of steps, which stops short of a minimum.
-
-    v ← momentum · v − learning_rate · ∇,  x ← x + v.
-
-    Attributes
-    ----------
-    steps
-        How many.
-    learning_rate
-        Times the gradient.
-    momentum
-        Share of the last step kept, at least 0 and below 1.
-
-    Raises
-    ------
-    ValueError
-        A value outside its range.
-    """
-
-    steps: int
-    learning_rate: float
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not self.learning_rate > 0 or not 0 <= self.momentum < 1:
-            raise ValueError(
-                "a descent needs at least 1 step, a positive learning rate and a momentum from 0 "
-                f"to below 1, not {self}"
-            )
-
-
 class AbsoluteInverse:
     """|H|⁻¹ of a dense symmetric H: the saddle-free Newton step, always descending.
 
@@ -257,39 +224,3 @@ def minimise_near(
     x[rest], norms[rest] = far.x, far.gradient_norms
     evaluations[rest] += far.evaluations
     return Minimum(x, norms, norms <= tol, evaluations)
-
-
-def descend(objective: BatchedObjective, start: Tensor, tol: float, descent: Descent) -> Minimum:
-    """Take R objectives the same number of steps downhill, wherever that ends.
-
-    Parameters
-    ----------
-    objective, start
-        As for :func:`minimise`.
-    tol
-        Norm of the gradient at which an end counts as converged.
-    descent
-        The steps.
-
-    Returns
-    -------
-    Minimum
-        Where each objective ended.
-
-    Raises
-    ------
-    FloatingPointError
-        The learning rate is so large that a gradient has left the finite numbers.
-    """
-    x, velocity = start.clone(), torch.zeros_like(start)
-    which = torch.arange(len(x), device=x.device)
-    for _ in range(descent.steps):
-        velocity = descent.momentum * velocity - descent.learning_rate * objective(x, which)[1]
-        x = x + velocity
-    norms = objective(x, which)[1].norm(dim=1)
-    if not norms.isfinite().all():
-        raise FloatingPointError(
-            f"gradient descent diverged within {descent.steps} steps; lower its learning rate, "
-            f"{descent.learning_rate:g}"
-        )
-    return Minimum(x, norms, norms <= tol, torch.full_like(which, descent.steps + 1))
