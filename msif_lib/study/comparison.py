@@ -8,14 +8,15 @@ _OPTIMUM = (
     "The paper trains its stages for an unstated time and itself expects gradients that are not "
     "zero. Here both stages are trained to a stationary point and retrained to one, so that what "
     "remains is the error of a first-order prediction. The page on the "
-    "[correlations](correlation.html) shows r as training goes on, and what is left when only a "
-    "part of an example's weight is removed."
+    "[correlations](correlation.html) shows r as training goes on, by the same formulas and by a "
+    "walk back through the steps, and what is left when only a part of an example's weight is "
+    "removed."
 )
 _PLAIN = (
     "Equation 12 holds for finetuning with a pull towards the pretrained embedding. Plain "
     "finetuning stops early instead, which is no optimum of anything; the page on the "
-    "[correlations](correlation.html) shows the scores that are carried through its steps beside "
-    "those of equation 12."
+    "[correlations](correlation.html) shows the scores of a chain that has these steps as a "
+    "link of its own, beside those of equation 12."
 )
 _NOISE = (
     "The paper's gain is smaller than the binomial standard error of its test accuracy, from one "
