@@ -59,7 +59,8 @@ def functions_of(
     Raises
     ------
     FailedSolve
-        A result is zero, or not finite, for a column that is not zero.
+        The first result is zero, or any is not finite, for a column that is not zero; a product
+        with A is not finite.
 
     Warns
     -----
@@ -68,7 +69,8 @@ def functions_of(
     """
     if tol is None:
         tol = 1e-8 if b.dtype == torch.float64 else 1e-4
-    limit = min(len(b), max_iterations or 300)
+    limit, dtype = min(len(b), max_iterations or 300), b.dtype
+    b = b.to(torch.promote_types(dtype, torch.float32))
     lengths = b.norm(dim=0)
     basis = [b / torch.where(lengths > 0, lengths, 1.0)]
     alphas: list[Tensor] = []
@@ -78,7 +80,12 @@ def functions_of(
     with tqdm(desc="Lanczos", disable=not progress, delay=1, leave=False, unit=" it") as bar:
         while True:
             v = basis[-1]
-            w = operator @ v
+            w = (operator @ v.to(dtype)).to(b)
+            if not w.isfinite().all():
+                raise FailedSolve(
+                    f"Lanczos: {system}: a product with A is not finite; look for non-finite "
+                    "second derivatives (sqrt or norm at zero) or overflow in float32"
+                )
             alphas.append((v * w).sum(0))
             for _ in range(2):  # once more, for rounding has left some of them in
                 for old in basis:
@@ -99,7 +106,7 @@ def functions_of(
                     scale = weights.norm(dim=0)
                     change = change.maximum(moved.norm(dim=0) / torch.where(scale > 0, scale, 1.0))
                 exhausted = steps == len(b) or not bool(beta.any())
-                change = torch.zeros_like(change) if exhausted else change
+                change = torch.zeros_like(change) if exhausted else change.nan_to_num(torch.inf)
                 history.append(float(change.max()))
                 before = now
                 if ended or bool((change <= tol).all()):
@@ -125,16 +132,16 @@ def functions_of(
         else f"stopped at the limit of {limit} steps, the result still moving by "
         f"{float(change.max()):.1e} of itself where {tol:.1e} was asked for; allow more steps",
     )
-    for result in results[:1]:
-        if not result.isfinite().all() or bool(((result == 0).all(0) & (lengths > 0)).any()):
-            raise FailedSolve(
-                f"Lanczos: {system} came out as zero or left the finite numbers; compute the "
-                "products in float32 or float64",
-                report,
-            )
+    lost = ((results[0] == 0).all(0) & (lengths > 0)).any()
+    if lost or not all(result.isfinite().all() for result in results):
+        raise FailedSolve(
+            f"Lanczos: {system} came out as zero or left the finite numbers; compute the "
+            "products in float32 or float64",
+            report,
+        )
     if not converged:
         warn_caller(f"Lanczos: {report.message}", SolverWarning)
-    return results, report
+    return [result.to(dtype) for result in results], report
 
 
 def _coefficients(f: Spectral, alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
