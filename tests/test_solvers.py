@@ -485,10 +485,8 @@ def test_products_that_are_not_finite(solver):
 def test_methods_that_a_base_class_does_not_have():
     with pytest.raises(TypeError, match="abstract class Solver"):
         Solver()
-    operator = LinearOperator()
-    operator.shape, operator.dtype, operator.device = (2, 2), F64, torch.device("cpu")
-    with pytest.raises(TypeError, match="LinearOperator does not define a product"):
-        operator @ torch.ones(2, dtype=F64)
+    with pytest.raises(TypeError, match="abstract class LinearOperator"):
+        LinearOperator()
 
 
 # --- failed solves -------------------------------------------------------------------------------
