@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from msif_lib.curvature import AddDiagonal, Hessian
 from msif_lib.descent import run
 from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
@@ -34,11 +35,14 @@ from msif_lib.support.minimise import (
 )
 from msif_lib.support.parameters import Block
 
+#: Links whose training ends at an optimum.
+Solved = Optimum | Frozen | Proximal
+
 # Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
 _DENSE_PARAMETERS = 4000
 
 
-def in_double(link: Link) -> Link:
+def in_double(link: Link) -> Solved | Unrolled:
     """The same link in float64, on a deep copy of its stage.
 
     Raises
@@ -117,7 +121,7 @@ class Minimised(Repetition):
         H₀⁻¹ with H₀ near the Hessian of what is trained.
     """
 
-    link: Optimum | Frozen | Proximal
+    link: Solved
     start: Tensor
     cold: bool
     tol: float
@@ -324,7 +328,7 @@ def _penalties(stage: Stage, block: Block, x: Tensor, vectors: Tensor) -> Tensor
 def _preconditioner(
     kept: Checkpoint,
     key: tuple[object, ...],
-    link: Optimum | Frozen | Proximal,
+    link: Solved,
     damping: float,
     matrix: Tensor | None,
 ) -> RowPreconditioner | None:
@@ -333,24 +337,30 @@ def _preconditioner(
     The Hessian itself where it is given as a `matrix` or small enough to be factorised, else a
     sketch of the Gauss-Newton matrix.
     """
-    link = copy.copy(link)  # its operator holds graphs, which no job is to be sent
     if matrix is not None or link.stage.parameters.count(link.block) <= _DENSE_PARAMETERS:
         name = f"preconditioner-{fingerprint(*key)}"
         factors = kept.get(name)
         if factors is None:
-            made = AbsoluteInverse(link.operator.dense() if matrix is None else matrix)
+            made = AbsoluteInverse(_hessian(link).dense() if matrix is None else matrix)
             factors = {"values": made.values, "vectors": made.vectors}
             kept.put(name, factors)
         return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
     name = f"preconditioner-{fingerprint(*key, damping)}"
     factors = kept.get(name)
     if factors is None:
-        sketch = link.operator.preconditioner(damping)  # type: ignore[attr-defined]
+        sketch = _hessian(link).preconditioner(damping)
         if sketch is None:
             return None
         factors = {field.name: getattr(sketch, field.name) for field in fields(sketch)}
         kept.put(name, factors)
     return _Sketched(GaussNewtonPreconditioner(**factors))
+
+
+def _hessian(link: Solved) -> Hessian | AddDiagonal:
+    # Of a copy: an operator holds graphs once it is used, and a job is sent none.
+    operator = copy.copy(link).operator
+    assert isinstance(operator, Hessian | AddDiagonal)
+    return operator
 
 
 class _Sketched:

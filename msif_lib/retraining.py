@@ -267,7 +267,7 @@ def retrain_without(
         trainings.precondition(kept, settings.first_hessian if stage == 0 else None)
     bar = tqdm(
         total=sum(map(len, work)), desc=f"retraining{trainings.cost}", unit=" models",
-        disable=not progress, delay=1, leave=False,
+        disable=not progress, delay=0 if trainings.cost else 1, leave=False,
     )  # fmt: skip
     finished = as_finished(
         trainings, [work[number] for number in missing], settings.jobs, settings.threads
@@ -347,7 +347,7 @@ class _Trainings:
         repetitions: list[Repetition] = [
             Stepped(link)
             if isinstance(link, Unrolled)
-            else Minimised(link, start, cold, settings.tol, settings.limit, settings.damping)  # type: ignore[arg-type]
+            else Minimised(link, start, cold, settings.tol, settings.limit, settings.damping)
             for link, start in zip(links, starts, strict=True)
         ]
         last, handed = links[-1].stage, None
