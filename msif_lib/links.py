@@ -27,11 +27,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian, LinearOperator
+from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian
 from msif_lib.descent import Keep, Path, pull_back
 from msif_lib.lanczos import functions_of
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
+from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
 
 #: Curvatures that a solve may use, by name.
@@ -448,7 +449,7 @@ class Unrolled(Link):
     stage
         The stage.
     path
-        Its recorded training, from :func:`msif_lib.training.descend` or ``Path.record``.
+        Its recorded training, from :func:`msif_lib.descent.descend` or ``Path.record``.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -23,13 +23,15 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from msif_lib.curvature import Hessian, LinearOperator, proximal_hessian
+from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.descent import SGD, AdamW, Batches, Path, descend
 from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint
-from msif_lib.support.data import map_leaves
+from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.operators import LinearOperator
+from msif_lib.support.parameters import Block
 
 __all__ = [
     "SGD",
@@ -111,11 +113,12 @@ def train(
     Parameters
     ----------
     stage
-        The stage; training starts at the parameters of its modules and ends there.
+        The stage; training starts at the parameters of its modules and ends there. What the stage
+        does not train stays.
     tol
         Gradient norm to be reached. In float32 not below about 1e-5.
     head_only
-        Keep the embedding fixed (the finetuning of case 1).
+        Keep what is shared fixed (the finetuning of case 1).
     towards, alpha
         Both given: add the proximal term α‖W − `towards`‖² (the finetuning of case 2, where
         `towards` is W̄ ``(p_W,)``).
@@ -134,7 +137,8 @@ def train(
     Raises
     ------
     ValueError
-        `towards` without `alpha` or the reverse, α ≤ 0, or a proximal term with `head_only`.
+        `towards` without `alpha` or the reverse, α ≤ 0, or a proximal term with `head_only`; no
+        parameter that the stage trains.
 
     Warns
     -----
@@ -148,21 +152,22 @@ def train(
     if alpha is not None and head_only:
         raise ValueError("a proximal term on the embedding has no place in head_only training")
 
-    fixed = stage.embedding_size if head_only else 0
-    evaluate = _objective(stage, head_only, towards, alpha)
+    free = tuple(n for n in stage.trained if not head_only or n in stage.own)
+    if not free:
+        raise ValueError("the stage trains no parameter; say which with trained=")
+    start = stage.vector()
+    objective = _Objective(stage, start, free, towards, alpha)
 
     def load(x: Tensor) -> None:
-        stage.load_vector(torch.cat([stage.vector()[:fixed], x]))
+        stage.load_vector(stage.parameters.replaced(start, x, free))
 
     def hessian(x: Tensor) -> LinearOperator:
         load(x)
-        if head_only:
-            return Hessian(stage, block="head")
-        return Hessian(stage) if alpha is None else proximal_hessian(stage, alpha)
+        return Hessian(stage, free) if alpha is None else proximal_hessian(stage, alpha)
 
-    x = stage.vector()[fixed:]
+    x, evaluate = stage.parameters.take(start, free), objective.value_and_gradient
     if epochs:
-        x = _adam(stage, x, head_only, towards, alpha, epochs, learning_rate, minibatch, seed)
+        x = _adam(objective, x, epochs, learning_rate, minibatch, seed)
     evaluations, steps, escapes = 0, 0, 0
     while True:
         x, used = _lbfgs(evaluate, x, tol, lbfgs_evaluations - evaluations)
@@ -245,72 +250,96 @@ def train_kept(
     return TrainingReport(**numbers)
 
 
-def _objective(
-    stage: Stage, head_only: bool, towards: Tensor | None, alpha: float | None
-) -> _ValueAndGradient:
-    """Value and gradient of what is trained, as a function of the free parameters."""
-    if head_only:
-        w, parts = stage.embedding_vector(), stage.parameters.views(stage.vector())
-        with torch.no_grad():
-            features = [
-                (stage.features(parts, inputs), targets, weights)
-                for (inputs, targets), weights in stage.weighted_batches()
-            ]
+class _Objective:
+    """What is trained, as a function of the free parameters ``(p_free,)``."""
 
-        def head_objective(h: Tensor) -> tuple[Tensor, Tensor]:
-            h = h.detach().requires_grad_()
-            value, parts = stage.regularization(w, h), stage.parameters.views(torch.cat([w, h]))
-            for embedded, targets, weights in features:
-                losses = stage.feature_losses(parts, embedded, targets)
-                value = value + weights @ losses / stage.size
-            return value.detach(), torch.autograd.grad(value, h)[0]
+    def __init__(
+        self,
+        stage: Stage,
+        start: Tensor,
+        free: Block,
+        towards: Tensor | None,
+        alpha: float | None,
+    ) -> None:
+        self.stage, self._start, self._free = stage, start, free
+        self._towards, self._alpha = towards, alpha
+        self._features: list[tuple[Any, Nested, Tensor]] | None = None
+        if stage.composed and set(free) <= set(stage.own):
+            # The embedding is fixed: it is evaluated once.
+            parts = stage.parameters.views(start)
+            with torch.no_grad():
+                self._features = [
+                    (stage.features(parts, inputs), targets, weights)
+                    for (inputs, targets), weights in stage.weighted_batches()
+                ]
 
-        return head_objective
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """All parameters of the model, the free ones from `x`."""
+        return self.stage.parameters.parts(self._start, (self._free, x))
 
-    def objective(theta: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = stage.objective_and_gradient(theta)
-        if towards is not None and alpha is not None:
-            away = theta[: stage.embedding_size] - towards
-            value = value + alpha * away @ away
-            gradient = gradient.clone()
-            gradient[: stage.embedding_size] += 2 * alpha * away
+    def penalty(self, parts: list[Tensor]) -> Tensor:
+        """R, and the pull α‖W − towards‖²."""
+        value = self.stage.penalty(parts)
+        if self._towards is not None and self._alpha is not None:
+            w = torch.cat([parts[number].reshape(-1) for number in self.stage.shared])
+            value = value + self._alpha * (w - self._towards) @ (w - self._towards)
+        return value
+
+    def _losses(self, parts: list[Tensor]) -> Iterator[Tensor]:
+        """Weighted sums of losses, one a batch."""
+        stage = self.stage
+        if self._features is not None:
+            for features, targets, weights in self._features:
+                yield weights @ stage.feature_losses(parts, features, targets)
+            return
+        for batch, weights in stage.weighted_batches():
+            yield weights @ stage.batch_losses(parts, *batch)
+
+    def value_and_gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective and its gradient ``(p_free,)``, over all examples."""
+        x = x.detach().requires_grad_()
+        parts = self.parts(x)
+        value = self.penalty(parts)
+        (gradient,) = (
+            torch.autograd.grad(value, x, retain_graph=True)
+            if value.requires_grad
+            else (torch.zeros_like(x),)
+        )
+        value = value.detach()
+        for losses in self._losses(parts):
+            term = losses / self.stage.size
+            gradient = gradient + torch.autograd.grad(term, x, retain_graph=True)[0]
+            value = value + term.detach()
         return value, gradient
-
-    return objective
 
 
 def _adam(
-    stage: Stage,
+    objective: _Objective,
     x: Tensor,
-    head_only: bool,
-    towards: Tensor | None,
-    alpha: float | None,
     epochs: int,
     learning_rate: float,
     minibatch: int,
     seed: int,
 ) -> Tensor:
     """Adam on shuffled mini-batches, the learning rate falling to zero along a cosine."""
+    stage = objective.stage
     inputs, targets = stage.examples.tensors()
     data = torch.utils.data.TensorDataset(torch.arange(stage.size))
     loader = torch.utils.data.DataLoader(
         data, minibatch, shuffle=True, generator=torch.Generator().manual_seed(seed)
     )
     theta = x.detach().clone().requires_grad_()
-    fixed = stage.embedding_vector()
     optimizer = torch.optim.Adam([theta], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     for _ in range(epochs):
         for (indices,) in loader:
-            w, h = (fixed, theta) if head_only else stage.split(theta)
             batch = map_leaves(partial(_rows, indices=indices), (inputs, targets))
             batch = map_leaves(lambda leaf: leaf.to(stage.device), batch)
             weights = stage.weights[indices.to(stage.device)]
-            loss = weights @ stage.losses(w, h, *batch) / len(indices) + stage.regularization(w, h)
-            if towards is not None and alpha is not None:
-                loss = loss + alpha * (w - towards) @ (w - towards)
+            parts = objective.parts(theta)
+            losses = weights @ stage.batch_losses(parts, *batch) / len(indices)
             optimizer.zero_grad()
-            loss.backward()
+            (losses + objective.penalty(parts)).backward()
             optimizer.step()
             schedule.step()
     return theta.detach()
