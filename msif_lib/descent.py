@@ -62,7 +62,8 @@ class Path:
     states
         By number of steps taken, every √T steps from 0 on; from these a walk back replays.
     noise_seed
-        What dropout and augmentation drew from (:func:`drawn_from`); None: nothing was drawn.
+        What dropout and augmentation drew from (:func:`~msif_lib.steps.drawn_from`); None: nothing
+        was drawn.
     augment
         What changed the inputs of each batch, if anything did.
     """

@@ -188,7 +188,7 @@ def linear_datamodeling_score(
     ----------
     predicted
         Predicted effect of S random removals on T test functionals, ``(S, T)`` or ``(S,)``: the
-        sums of the removed examples' scores (:meth:`msif_lib.influence.Scores.group_effect`).
+        sums of the removed examples' scores (:meth:`msif_lib.scores.Scores.group_effect`).
     actual
         The effect measured by retraining, of the same shape.
     resamples, confidence, seed

@@ -179,7 +179,7 @@ class SGD(Optimiser):
         ``"lr"`` or ``"decoupled_decay"`` or both: other values for these parameters. At step t a
         group's rate is ``learning_rates[t]`` times its ``lr`` over the optimiser's.
     clip
-        Longest gradient, over all trained parameters, as torch.nn.utils.clip_grad_norm_.
+        Longest gradient, over all trained parameters, as ``torch.nn.utils.clip_grad_norm_``.
 
     Raises
     ------
@@ -265,7 +265,7 @@ class AdamW(Optimiser):
         ``"lr"`` or ``"weight_decay"`` or both: other values for these parameters. At step t a
         group's rate is ``learning_rates[t]`` times its ``lr`` over the optimiser's.
     clip
-        Longest gradient, over all trained parameters, as torch.nn.utils.clip_grad_norm_.
+        Longest gradient, over all trained parameters, as ``torch.nn.utils.clip_grad_norm_``.
 
     Raises
     ------
@@ -343,7 +343,7 @@ def _shrunk(x: Tensor, rate: Rate, decay: Rate) -> Tensor:
 
 
 def clipped(gradient: Tensor, longest: float | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The gradient as torch.nn.utils.clip_grad_norm_ leaves it, and the adjoint of that.
+    """The gradient as ``torch.nn.utils.clip_grad_norm_`` leaves it, and the adjoint of that.
 
     s = c/(‖g‖ + 10⁻⁶) where that is below 1: λ_g ← s (λ_g − ‖g‖/(‖g‖ + 10⁻⁶) ĝ ĝᵀ λ_g).
     """

@@ -154,7 +154,7 @@ class PureModule:
     module
         The module; parameters that it is given later are not seen.
     numbers
-        The number of each parameter among those that :meth:`__call__` is given.
+        The number of each parameter among those that a call is given.
     """
 
     def __init__(self, module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> None:

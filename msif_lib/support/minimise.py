@@ -46,7 +46,7 @@ class Minimum:
 
 
 class AbsoluteInverse:
-    """|H|⁻¹ of a dense symmetric H: the saddle-free Newton step, always descending.
+    """``|H|⁻¹`` of a dense symmetric H: the saddle-free Newton step, always descending.
 
     Its eigenvalues are taken in absolute value (Dauphin et al. 2014).
 
