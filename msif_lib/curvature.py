@@ -63,12 +63,13 @@ class _SecondDerivative(LinearOperator):
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
-        self._at = stage.vector() if at is None else at
         self._checked = False
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
         with differentiating():
+            # Made here, for a tensor of inference mode can be no leaf.
+            self._at = stage.vector() if at is None else at.clone()
             # The graphs lead back to these leaves alone: where only the head is asked for, the
             # embedding is evaluated as a constant.
             take = stage.parameters.take
