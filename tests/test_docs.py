@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,14 +19,18 @@ def test_the_examples_of_the_readme_run(
 ) -> None:
     """All but the last, which torchrun has to start."""
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    example, to_disk, sharded = examples
+    example, by_steps, to_disk, sharded = examples
     assert "initialise()" in sharded
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
     assert "torch.Size([200])" in capsys.readouterr().out
     exec(compile(to_disk, "README.md", "exec"), names)
-    assert (tmp_path / "scores.npy").is_file()
+    assert (tmp_path / "scores" / "stage-0.npy").is_file()
+    assert (tmp_path / "scores" / "stage-1.npy").is_file()
+    exec(compile(by_steps, "README.md", "exec"), names)
+    exact: Any = names["exact"]
+    assert [len(scores.values) for scores in exact.scores((names["X"], names["t"]))] == [200, 150]
     code = [line for line in example.splitlines() if line.strip()]
     assert len(code) <= 15
 
