@@ -1,0 +1,399 @@
+"""A stage opened: weights, single modules, names, tied and untrained parameters, and errors."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from chains import EMBEDDING, Fit, Fits, Net, Recipe, examples, mlp, randomised, weights_of
+from hypothesis import given
+from hypothesis import strategies as st
+from problems import F64, check, log_loss
+from torch import Tensor, nn
+
+from msif_lib import Chain, Stage, UpdatedEmbeddingInfluence
+from msif_lib.links import Frozen, Optimum, Proximal, Stopped, Unrolled
+from msif_lib.solvers import Dense
+from msif_lib.training import SGD, descend
+
+pytestmark = pytest.mark.numeric
+
+EXACT, STEP, CHOSEN = 1e-9, 1e-3, [0, 5, 10]
+HEAD = ["head.weight", "head.bias"]
+MOMENTUM = Recipe(
+    functools.partial(torch.optim.SGD, lr=0.1, momentum=0.8), SGD(0.1, 0.8), cosine=True
+)
+
+
+def agree(fits: Fits, **last) -> None:
+    """Every stage's scores: dense or differentiated steps, and training again.
+
+    What the last stage is said to be may be said otherwise.
+    """
+    links = fits.links()
+    if last:
+        links[-1] = fits.fits[-1].link(fits.trained[-1], fits.handed[-1], **last)
+    chain = Chain(links, progress=False)
+    exact = fits.exact()
+    for stage, one in enumerate(chain.scores(fits.test, per_test=True)):
+        check(one.values, exact[stage], EXACT)
+        check(one.values[CHOSEN], fits.differences(stage, CHOSEN, STEP))
+
+
+def stage_of(seed: int = 0, classes: int = 3, **settings) -> Stage:
+    model = randomised(mlp(classes), seed)
+    return Stage.of(model, log_loss, examples(8, classes, seed), **settings)
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 10**6))
+def test_weights_stand_before_each_loss(seed):
+    weights = weights_of(8, seed)
+    weights[seed % 8] = 0
+    stage = stage_of(0, l2=0.3, weights=weights)
+    losses = stage.example_losses()
+    exact = (weights * losses).mean() + 0.15 * stage.vector().square().sum()
+    assert torch.allclose(stage.objective(), exact, rtol=1e-14)
+    slopes = torch.cat(list(stage.per_example_gradients()))
+    check(stage.gradient(), (weights[:, None] * slopes).mean(0) + 0.3 * stage.vector(), 1e-12)
+    assert not stage_of().weighted
+    assert stage.with_weights(2 * weights).weights.equal(2 * weights)
+    assert not stage.with_data(examples(3, 3, 1)).weighted
+
+
+def test_batches_carry_the_weights_of_their_examples():
+    weights = weights_of(8, 1)
+    whole, parts = (stage_of(0, weights=weights, batch_size=size) for size in (8, 3))
+    assert torch.cat([some for _, some in parts.weighted_batches()]).equal(weights)
+    check(parts.gradient(), whole.gradient(), 1e-13)
+    section = parts.section([6, 1])
+    assert torch.cat([some for _, some in section.weighted_batches()]).equal(weights[[6, 1]])
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(7), r"one number for each of the 8 examples, not shape \(7,\)"),
+        (torch.ones(8, 1), r"not shape \(8, 1\)"),
+        (torch.tensor([1.0, 1, -2, 1, 1, 1, 1, 1]), "weight of example 2 is -2.0, not zero or pos"),
+        (torch.tensor([1.0, 1, 1, 1, 1, math.nan, 1, 1]), "weight of example 5 is nan"),
+        (torch.full((8,), math.inf), "weight of example 0 is inf"),
+    ],
+)
+def test_weights_that_are_none(weights, message):
+    with pytest.raises(ValueError, match=message):
+        stage_of(weights=weights)
+    with pytest.raises(ValueError, match=message):
+        stage_of().with_weights(weights)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_shared_parameters_come_first_in_the_order_of_the_model():
+    for shared in ("head.*", ["head.weight", "head.b*"], {"head.*": "classifier.*"}):
+        stage = stage_of(shared=shared)
+        assert stage.names[:2] == ("head.weight", "head.bias")
+        assert stage.names[2:] == ("embedding.0.weight", "embedding.0.bias")
+        assert (stage.shared, stage.own) == ((0, 1), (2, 3))
+        assert (stage.embedding_size, stage.head_size) == (12, 18)
+        model = stage.model
+        head = torch.cat([model.head.weight.flatten(), model.head.bias])
+        assert stage.embedding_vector().equal(head)
+        check(stage.outputs(*stage.split(stage.vector()), stage.data[0]), model(stage.data[0]))
+    assert stage_of().own == ()
+    assert stage_of().block(["*.bias"]) == (1, 3)
+
+
+@pytest.mark.parametrize("argument", ["shared", "trained"])
+def test_patterns_that_fit_nothing_are_named(argument):
+    for patterns in ("encoder.*", ["head.*", "encoder.*"]):
+        with pytest.raises(ValueError, match=rf"{argument}: no parameter is called 'encoder.\*'"):
+            stage_of(**{argument: patterns})
+    with pytest.raises(ValueError, match="shared: no parameter is called 'encoder"):
+        stage_of(shared={"encoder.*": "embedding.*"})
+
+
+class Renamed(nn.Module):
+    """The same network as mlp under other names and in another order."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3, classes, dtype=F64)
+        self.encoder = nn.Linear(5, 3, dtype=F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.encoder(x)))
+
+
+NAMES = {"encoder.weight": "embedding.0.weight", "encoder.bias": "embedding.0.bias"}
+
+
+@pytest.mark.parametrize("mapping", [NAMES, {"encoder.*": "embedding.0.*"}], ids=["each", "all"])
+@pytest.mark.parametrize("settings", [{"alpha": 0.07}, {"recipe": MOMENTUM}], ids=["opt", "steps"])
+def test_a_mapping_to_the_names_of_the_stage_before(mapping, settings):
+    fits = Fits(
+        [
+            Fit(randomised(mlp(3), 0), examples(19, 3, 0), 0.05, weights_of(19, 0)),
+            Fit(randomised(Renamed(2), 1), examples(14, 2, 1), 0.03, shared=NAMES, **settings),
+        ],
+        examples(6, 2, 9),
+    )
+    first, second = fits.links()
+    exact = fits.exact()
+    second = fits.fits[1].link(fits.trained[1], fits.handed[1], shared=mapping)
+    given = Chain([first, second], progress=False).scores(fits.test, per_test=True)
+    for stage, one in enumerate(given):
+        check(one.values, exact[stage], EXACT)
+        check(one.values[CHOSEN[:2]], fits.differences(stage, CHOSEN[:2], STEP))
+
+
+def test_a_mapping_to_a_name_that_is_not_there_or_to_another_shape():
+    first = Stopped(stage_of(), 1.0)
+    model = randomised(Renamed(2), 1)
+    for mapping, message in [
+        (
+            {"encoder.*": "backbone.*"},
+            r"takes \['backbone.weight', 'backbone.bias'\].*as a mapping",
+        ),
+        ({"encoder.weight": "head.weight"}, r"head.weight is \(3, 3\) in one and \(3, 5\)"),
+        ("*", r"takes \['classifier.weight'.*which hands on \['embedding.0.bias'"),
+    ]:
+        second = Stopped(Stage.of(model, log_loss, examples(8, 2, 1), mapping), 1.0)
+        with pytest.raises(ValueError, match=message):
+            Chain([first, second], progress=False)
+
+
+def test_a_head_may_be_handed_on_too():
+    """What the next stage shares need not be what this one took."""
+    everything = {name: name for name in (*EMBEDDING, *HEAD)}
+    fits = Fits(
+        [
+            Fit(randomised(mlp(3), 0), examples(19, 3, 0), 0.05),
+            Fit(randomised(mlp(3), 1), examples(14, 3, 1), 0.03, shared=EMBEDDING, alpha=0.07),
+            Fit(randomised(mlp(3), 2), examples(11, 3, 2), 0.03, shared=everything, alpha=0.2),
+        ],
+        examples(6, 3, 9),
+    )
+    agree(fits)
+
+
+# --- tied parameters -----------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Words to vectors, their mean, and back to words by the same matrix."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, 3, dtype=F64)
+        self.mix = nn.Linear(3, 3, dtype=F64)
+        self.out = nn.Linear(3, words, dtype=F64)
+        self.out.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mix(self.words(tokens).mean(1))))
+
+
+def sentences(count: int, words: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(words, (count, 4), generator=generator)
+    return tokens, (tokens[:, 0] + torch.randint(2, (count,), generator=generator)) % words
+
+
+TIED = {name: name for name in ("words.weight", "mix.weight", "mix.bias")}
+
+
+@pytest.mark.parametrize(
+    "second", [{"alpha": 0.07}, {"trained": ["out.bias"]}, {"recipe": MOMENTUM}]
+)
+def test_a_head_that_reads_the_embedding_s_weight_is_one_parameter(second):
+    fits = Fits(
+        [
+            Fit(randomised(Tied(5), 0, 1.0), sentences(23, 5, 0), 0.02, weights_of(23, 0)),
+            Fit(randomised(Tied(5), 1, 1.0), sentences(16, 5, 1), 0.03, shared=TIED, **second),
+        ],
+        sentences(6, 5, 9),
+    )
+    stage = fits.links()[0].stage
+    assert stage.names == ("words.weight", "mix.weight", "mix.bias", "out.bias")
+    agree(fits)
+    # Wrong: the weight's two uses taken for two parameters.
+    untied = copy.deepcopy(stage.model)
+    untied.out.weight = nn.Parameter(untied.words.weight.detach().clone())
+    assert len(Stage.of(untied, log_loss, stage.data).names) == 5
+
+
+def test_a_head_tied_to_its_embedding_trains_it():
+    """Made of two modules, the tied weight is the embedding's, and handed on."""
+    model = randomised(Tied(5), 0, 1.0)
+    embedding = nn.ModuleDict({"words": model.words, "mix": model.mix})
+    embedding.forward = lambda tokens: torch.tanh(model.mix(model.words(tokens).mean(1)))
+    fits = Fits([Fit(model, sentences(23, 5, 0), 0.02)], sentences(6, 5, 9))
+    trained = fits.stage = fits.links()[0].stage
+
+    class Encoder(nn.Module):
+        def __init__(self, source: Tied) -> None:
+            super().__init__()
+            self.words, self.mix = source.words, source.mix
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return torch.tanh(self.mix(self.words(tokens).mean(1)))
+
+    encoder = Encoder(trained.model)
+    stage = Stage(encoder, trained.model.out, log_loss, sentences(23, 5, 0), l2=0.02)
+    assert stage.names[0] == "embedding.words.weight"
+    assert stage.names[-1] == "head.bias"
+    assert stage.head_size == 5
+    (given,) = Chain([Optimum(stage, Dense())], progress=False).scores(fits.test, per_test=True)
+    check(given.values, fits.exact()[0], EXACT)
+
+
+# --- what is not trained -------------------------------------------------------------------------
+
+
+def deep(classes: int, seed: int) -> Net:
+    embedding = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh())
+    return randomised(Net(embedding, nn.Linear(3, classes)).to(F64), seed, 0.7)
+
+
+DEEP = {
+    f"embedding.{layer}.{kind}": f"embedding.{layer}.{kind}"
+    for layer in (0, 2)
+    for kind in ("weight", "bias")
+}
+UPPER = ["embedding.2.weight", "embedding.2.bias", *HEAD]
+
+
+@pytest.mark.parametrize("first_recipe", [None, MOMENTUM])
+@pytest.mark.parametrize("recipe", [None, MOMENTUM])
+def test_frozen_layers_in_both_stages(first_recipe, recipe):
+    """The first layer is random for good; the finetuning trains the second and its head."""
+    first, second = deep(3, 0), deep(2, 1)
+    for model in (first, second):
+        model.embedding[0].requires_grad_(False)
+    settings = {"recipe": recipe} if recipe else {"alpha": 0.07}
+    once = {"trained": UPPER, "recipe": first_recipe}
+    fits = Fits(
+        [
+            Fit(first, examples(19, 3, 0), 0.05, weights_of(19, 0), **once),
+            Fit(second, examples(14, 2, 1), 0.03, shared=DEEP, trained=UPPER, **settings),
+        ],
+        examples(6, 2, 9),
+    )
+    # requires_grad says it, or else trained= does.
+    said = Chain(fits.links(trained=None), progress=False).scores(fits.test)
+    for one, other in zip(said, Chain(fits.links(), progress=False).scores(fits.test), strict=True):
+        assert torch.equal(one.values, other.values)
+    agree(fits)
+
+
+@pytest.mark.parametrize("recipe", [None, MOMENTUM])
+def test_a_linear_probe_and_a_layer_of_its_own_that_stays_random(recipe):
+    """The encoder is handed on; on it a fixed random layer, and a trained head."""
+    probe = deep(2, 1)
+    shared = {name: name for name in ("embedding.0.weight", "embedding.0.bias")}
+    first = randomised(mlp(3, 4), 0)
+    fits = Fits(
+        [
+            Fit(first, examples(19, 3, 0), 0.05, weights_of(19, 0)),
+            Fit(probe, examples(14, 2, 1), 0.03, shared=shared, trained=HEAD, recipe=recipe),
+        ],
+        examples(6, 2, 9),
+    )
+    agree(fits, trained="head.*")
+
+
+@pytest.mark.parametrize("recipe", [None, MOMENTUM])
+def test_biases_alone(recipe):
+    """Shared parameters of which some are trained and some are not, in no order."""
+    biases = ["embedding.0.bias", "embedding.2.bias", *HEAD]
+    fits = Fits(
+        [
+            Fit(deep(3, 0), examples(19, 3, 0), 0.05, weights_of(19, 0)),
+            Fit(
+                deep(2, 1), examples(14, 2, 1), 0.03, shared=DEEP, trained=biases, recipe=recipe,
+                alpha=None if recipe else 0.07,
+            ),
+        ],
+        examples(6, 2, 9),
+    )  # fmt: skip
+    agree(fits, trained=["*bias", "head.*"])
+
+
+def test_trained_says_otherwise_than_requires_grad():
+    model = randomised(mlp(3), 0)
+    model.embedding.requires_grad_(False)
+    assert Stage.of(model, log_loss, examples(8, 3, 0)).trained == (2, 3)
+    assert Stage.of(model, log_loss, examples(8, 3, 0), trained="*").trained == (0, 1, 2, 3)
+    two = Stage(model.embedding, model.head, log_loss, examples(8, 3, 0))
+    assert two.trained == (2, 3)
+    assert two.to(torch.float32).trained == (2, 3)
+    assert not model.embedding[0].weight.requires_grad
+
+
+# --- errors before any work ----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::msif_lib.influence.StationarityWarning")
+def test_a_first_stage_that_trains_nothing_that_it_hands_on():
+    model = randomised(mlp(3), 0)
+    model.embedding.requires_grad_(False)
+    first = Stage(model.embedding, model.head, log_loss, examples(8, 3, 0))
+    second = Stage(model.embedding, nn.Linear(3, 2).to(F64), log_loss, examples(8, 2, 1))
+    with pytest.raises(ValueError, match=r"pretrain: nothing that it hands on to .*trained="):
+        Chain([Optimum(first), Frozen(second)], progress=False)
+    model.head.requires_grad_(False)
+    nothing = Stage(model.embedding, model.head, log_loss, examples(8, 3, 0))
+    with pytest.raises(ValueError, match="trained="):
+        Chain([Optimum(nothing)], progress=False)
+    with pytest.raises(ValueError, match="trained="):
+        Chain([Frozen(stage_of())], progress=False)  # nothing of its own
+
+
+def test_a_finetuning_in_place_has_no_embedding_to_compare_with():
+    pretrain = stage_of(0, shared="embedding.*")
+    tuned = Stage.of(pretrain.model, log_loss, examples(8, 3, 1), "embedding.*")
+    for link in (Proximal(tuned, 0.1), Stopped(tuned, 1.0)):
+        with pytest.raises(ValueError, match=r"copy.deepcopy"):
+            Chain([Optimum(pretrain), link], progress=False)
+    with pytest.raises(ValueError, match=r"copy.deepcopy"):
+        UpdatedEmbeddingInfluence(pretrain, tuned, 0.1, progress=False)
+
+
+def test_a_recorded_training_must_start_where_the_stage_before_ended():
+    pretrain = stage_of(0, shared="embedding.*")
+    tuned = stage_of(1, shared="embedding.*")
+    path = descend(tuned, SGD(0.1), epochs=1, batch_size=4, seed=0, progress=False)
+    with pytest.raises(ValueError, match="path of finetune does not start at the parameters"):
+        Chain([Stopped(pretrain, 1.0), Unrolled(tuned, path)], progress=False)
+    smaller = stage_of(1, 2, shared="embedding.*")
+    with pytest.raises(ValueError, match="a training of 30 parameters is not one of this stage"):
+        Unrolled(smaller, path)
+    frozen = tuned.with_trained(tuned.block("head.*"))
+    with pytest.raises(ValueError, match="differ"):
+        Chain([Stopped(pretrain, 1.0), Stopped(frozen, 1.0)], progress=False)
+
+
+def test_a_walk_along_another_stage_s_path_is_refused():
+    stage = stage_of(0)
+    path = descend(stage, SGD(0.1), epochs=1, batch_size=4, seed=0, progress=False)
+    for other in (
+        stage.with_weights(weights_of(8, 1)),
+        stage.with_data(examples(8, 3, 5)),
+        Stage.of(stage.model, log_loss, examples(8, 3, 0), l2=0.1),
+    ):
+        chain = Chain([Unrolled(other, path)], progress=False)
+        with pytest.raises(ValueError, match="the same steps lead elsewhere"):
+            chain.scores(examples(4, 3, 1))
+
+
+def test_chains_of_no_links():
+    for links in ([], [stage_of()], [Optimum]):
+        with pytest.raises(ValueError, match=r"links must be links of msif_lib.links"):
+            Chain(links, progress=False)
