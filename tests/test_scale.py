@@ -133,7 +133,7 @@ def test_no_more_examples_are_read_at_once_than_the_budget_allows(
         warnings.simplefilter("ignore", SolverWarning)
         solver = MinRes()
         streamed = SingleStageInfluence(stage, solver, progress=False)
-        scores = streamed.scores(test, per_test=True, out=tmp_path / "scores.npy")
+        scores = streamed.scores(test, per_test=True, out=tmp_path / "scores")
         most = max(len(indices) for indices in data.read)
         assert most <= chunk
         assert {index for indices in data.read for index in indices} == set(range(size))
