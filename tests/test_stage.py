@@ -169,6 +169,34 @@ def test_a_mapping_to_a_name_that_is_not_there_or_to_another_shape():
             Chain([first, second], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("encoder.*", "embedding.0."), ("encoder.weight", "embedding.*"),
+        ("*.weight", "*.weight"), ("en?oder.*", "embedding.0.*"),
+    ],
+)  # fmt: skip
+def test_a_mapping_that_cannot_be_read(ours, theirs):
+    with pytest.raises(ValueError, match=r"shared: .* must be two names, or two beginnings"):
+        Stage.of(randomised(Renamed(2), 1), log_loss, examples(8, 2, 1), {ours: theirs})
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 0.07}, {"recipe": MOMENTUM}], ids=["opt", "steps"])
+def test_one_parameter_may_be_handed_on_to_two(settings):
+    """A tied weight begins two that are tied no longer: what comes back is added."""
+    names = {"words.weight": "words.weight", "out.weight": "words.weight"}
+    untied = Tied(5)
+    untied.out.weight = nn.Parameter(untied.words.weight.detach().clone())
+    fits = Fits(
+        [
+            Fit(randomised(Tied(5), 0, 1.0), sentences(23, 5, 0), 0.02, weights_of(23, 0)),
+            Fit(randomised(untied, 1), sentences(16, 5, 1), 0.03, shared=names, **settings),
+        ],
+        sentences(6, 5, 9),
+    )
+    agree(fits)
+
+
 def test_a_head_may_be_handed_on_too():
     """What the next stage shares need not be what this one took."""
     everything = {name: name for name in (*EMBEDDING, *HEAD)}

@@ -24,6 +24,16 @@ Regularizer = Callable[[dict[str, Tensor]], Tensor]
 HandsOn = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
+def _check_names(ours: str, theirs: str) -> None:
+    """One name for one name, or a beginning for a beginning."""
+    plain = not any(sign in name.removesuffix("*") for name in (ours, theirs) for sign in "*?[")
+    if not plain or ours.endswith("*") != theirs.endswith("*"):
+        raise ValueError(
+            f'shared: "{ours}": "{theirs}" must be two names, or two beginnings of names with * '
+            'at the end of both, as "encoder.*": "backbone.*"'
+        )
+
+
 class EmbeddingAndHead(nn.Module):
     """The model ``head(embedding(inputs))``."""
 
@@ -67,6 +77,8 @@ class Model:
         named = [(name, taken[name]) for name in (*shared, *own)]
         check_parameters(named)
         check_modes(model)
+        for ours, theirs in (mapping or {}).items():
+            _check_names(ours, theirs)
         self.model, self.mapping = model, mapping
         self.parameters = Parameters(named)
         self.shared: Block = tuple(range(len(shared)))
