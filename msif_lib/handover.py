@@ -91,10 +91,9 @@ class HandOver:
         """Whether something that is handed on is trained by the stage before."""
         if not self.before.hands_on:
             return bool(set(self._numbers) & set(trained))
-        vector = self.before.vector()
-        given = self.value(vector)
-        any_way = torch.linspace(1, 2, len(given)).to(given)[:, None]
-        return bool(self.before.parameters.take(self.pull_back(any_way, vector), trained).any())
+        return bool(
+            self.before.parameters.take(self._pulled_any_way(self.before.vector()), trained).any()
+        )
 
     def same_buffers(self) -> bool:
         """Whether the buffers beside what is shared (running statistics, say) are the same."""
@@ -111,6 +110,18 @@ class HandOver:
             return self.before.parameters.take(vector, self._numbers)
         given = self._given(vector)
         return torch.cat([given[name].reshape(-1) for name in self._wanted])
+
+    def identity(self, vector: Tensor) -> list[Any]:
+        """What a hand-over at `vector` is known by, in results that are kept.
+
+        A function has no digest that survives a session: its value and a derivative stand for it.
+        """
+        given = self.value(vector)
+        return [self._wanted, given, self._pulled_any_way(vector) if self.before.hands_on else None]
+
+    def _pulled_any_way(self, vector: Tensor) -> Tensor:
+        given = self.value(vector)
+        return self.pull_back(torch.linspace(1, 2, len(given)).to(given)[:, None], vector)
 
     def pull_back(self, handed: Tensor, vector: Tensor) -> Tensor:
         """From dq/dc ``(p_W, k)`` to the parameters of the stage before, ``(p, k)``."""

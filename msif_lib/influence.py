@@ -200,13 +200,28 @@ class Chain:
             ∇q at the last model ``(p, k)``, as :meth:`test_gradients` gives it.
         stage
             The number of the stage that hands on.
+
+        Raises
+        ------
+        ValueError
+            `cotangent` of another shape, or not finite; a stage that is the last, or none.
         """
-        for number in range(len(self.links) - 1, stage, -1):
+        if not 0 <= stage < len(self.links) - 1:
+            raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
+        cotangent = self._checked(cotangent)
+        for number in range(len(self.links) - 1, stage + 1, -1):
             pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
-            if number - 1 == stage:
-                return pulled.handed
             cotangent = self._handed_to(number - 1, pulled.handed)
-        raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
+        return self.links[stage + 1].pull_back(cotangent, Asked(progress=self.progress)).handed
+
+    def _checked(self, cotangent: Tensor) -> Tensor:
+        """dq/dx at the last model, if it can be that."""
+        size = self._last().parameters.size
+        if cotangent.dim() != 2 or len(cotangent) != size or not cotangent.isfinite().all():
+            raise ValueError(
+                f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
+            )
+        return cotangent
 
     def _handed_to(self, number: int, handed: Tensor) -> Tensor:
         return self._hand_overs[number].pull_back(handed, self.links[number].vector())
@@ -268,8 +283,13 @@ class Chain:
         -------
         list of Scores
             ``values`` of shape ``(N, k)`` each.
+
+        Raises
+        ------
+        ValueError
+            `cotangent` of another shape, or not finite.
         """
-        call = _Call(lambda: cotangent, True, {}, None)
+        call = _Call(partial(self._checked, cotangent), True, {}, None)
         return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
 
     def _call(
@@ -345,6 +365,9 @@ class Chain:
             # The scores of other examples than its own are part of an Unrolled link's answer.
             unrolled = isinstance(link, Unrolled) and of is not None
             keys.append(fingerprint(after, of.identity() if unrolled and of else None))
+            if number:
+                vector = self.links[number - 1].vector()
+                after = fingerprint(after, self._hand_overs[number - 1].identity(vector))
         return keys[::-1]
 
     # --- one stage only ---------------------------------------------------------------------

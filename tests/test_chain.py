@@ -371,8 +371,13 @@ def test_sensitivity_is_the_derivative_by_what_was_handed_over(kind):
             fits.handed[stage + 1] = handed
             slope = (losses[-2] - 8 * losses[-1] + 8 * losses[1] - losses[2]) / (12 * STEP)
             check(found[entry], slope)
-    with pytest.raises(ValueError, match="hands nothing on"):
-        chain.sensitivity(gradients, len(fits.fits) - 1)
+    for stage in (len(fits.fits) - 1, -1):
+        with pytest.raises(ValueError, match="hands nothing on"):
+            chain.sensitivity(gradients, stage)
+    for wrong in (gradients[:-1], gradients[:, 0], gradients * math.nan):
+        for ask in (chain.sensitivity, chain.pull_back):
+            with pytest.raises(ValueError, match="cotangent must hold finite columns"):
+                ask(wrong)
 
 
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
@@ -530,6 +535,39 @@ def test_what_belongs_to_another_problem_is_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match="belongs to another problem"):
             Chain(changed, progress=False).scores(through.test, out=out, **asked)
+
+
+def test_another_hand_over_is_another_problem(tmp_path):
+    """The same stages, of which the second takes another of the first's parameters."""
+
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(5, 2, dtype=F64), nn.Linear(5, 2, dtype=F64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) + self.right(x.cos())
+
+    data = examples(9, 2, 1)
+    stages = [Stage.of(randomised(Twins(), 1), log_loss, data)]
+    second, test = randomised(Twins(), 2), examples(3, 2, 2)
+
+    def scores_of(taken: str, hands_on=None) -> None:
+        tuned = Stage.of(second, log_loss, data, {"left.*": taken})
+        first = Stage.of(stages[0].model, log_loss, data, hands_on=hands_on)
+        links = [Stopped(first, 1.0), Stopped(tuned, 1.0)]
+        Chain(links, progress=False).scores(test, out=tmp_path / taken[0])
+
+    def doubled(named: dict[str, Tensor], factor: float = 2.0) -> dict[str, Tensor]:
+        return {name: factor * part for name, part in named.items()}
+
+    scores_of("left.*")
+    scores_of("left.*")
+    (tmp_path / "r").symlink_to(tmp_path / "l")
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        scores_of("right.*")
+    with pytest.raises(ValueError, match="belongs to another problem"):
+        scores_of("left.*", doubled)
 
 
 # --- laws ----------------------------------------------------------------------------------------
