@@ -209,3 +209,40 @@ def chain_scores(
         The scores I_i, those of the first stage first, ``(m + n + l,)``.
     """
     ...
+
+
+def adjoint(
+    gradients: Tensor,
+    hessians: Tensor,
+    batches: list[Tensor],
+    rates: Tensor,
+    momentum: float,
+    decay: float,
+    cotangent: Tensor,
+) -> Tensor:
+    """Return dq/dw_i through T steps of SGD with momentum (chapter “Through the steps”).
+
+    Step t takes v to μv + g and x to (1 − ηδ)x − ηv, with the new v, where g is the gradient of
+    (1/B) Σ w_i ℓ_i over its batch, plus a regularizer. v begins at zero, and all w_i are 1.
+
+    Parameters
+    ----------
+    gradients
+        ∇ℓ_i of every example at the point x_t from which step t goes, ``(T, N, p)``.
+    hessians
+        Of the objective of each step there, regularizer included, ``(T, p, p)``.
+    batches
+        The indices ``(B_t,)`` of the examples of each step, T of them.
+    rates
+        The learning rates η_t, ``(T,)``.
+    momentum, decay
+        μ and δ.
+    cotangent
+        The gradient of q at the end of the training, ``(p,)``.
+
+    Returns
+    -------
+    Tensor
+        dq/dw_i of each example, ``(N,)``.
+    """
+    ...

@@ -15,6 +15,7 @@ FUNCTIONS = {
     "case1": "case1_scores",
     "case2": "case2_scores",
     "chain": "chain_scores",
+    "adjoint": "adjoint",
 }
 
 

@@ -909,6 +909,114 @@ WRONG["chain"] = {
 }
 
 
+# --- through steps -------------------------------------------------------------------------------
+
+
+def adjoint(
+    gradients,
+    hessians,
+    batches,
+    rates,
+    momentum,
+    decay,
+    cotangent,
+    *,
+    keep_buffer=1.0,
+    decays=1.0,
+    curvature=lambda hessians, t: hessians[t],
+    order=lambda steps: range(steps)[::-1],
+    size=lambda batch, n: len(batch),
+    chosen=lambda batch, n: batch,
+    along=lambda of_g, of_x, eta: of_g,
+    finish=lambda found: found,
+):
+    steps, n, _ = gradients.shape
+    found = gradients.new_zeros(n)
+    of_x, of_v = cotangent.clone(), torch.zeros_like(cotangent)
+    for t in order(steps):
+        batch, eta = batches[t], rates[t]
+        of_g = of_v - eta * of_x
+        drawn = chosen(batch, n)
+        found[drawn] += gradients[t, drawn] @ of_g / size(batch, n)
+        product = curvature(hessians, t) @ along(of_g, of_x, eta)
+        of_x = (1 - decays * eta * decay) * of_x + product
+        of_v = keep_buffer * momentum * of_g
+    return finish(found)
+
+
+def adjoint_by_autograd(gradients, hessians, batches, rates, momentum, decay, cotangent):
+    """Steps that have these gradients and Hessians, backpropagated through."""
+    weights = gradients.new_ones(len(gradients[0]), requires_grad=True)
+    x = v = torch.zeros_like(cotangent)
+    for g, h, batch, eta in zip(gradients, hessians, batches, rates, strict=True):
+        v = momentum * v + weights[batch] @ g[batch] / len(batch) + h @ (x - x.detach())
+        x = (1 - eta * decay) * x - eta * v
+    return torch.autograd.grad(cotangent @ x, weights)[0]
+
+
+def adjoint_forwards(gradients, hessians, batches, rates, momentum, decay, cotangent):
+    found = []
+    for i in range(len(gradients[0])):
+        d_x = d_v = torch.zeros_like(cotangent)
+        for t, batch in enumerate(batches):
+            own = gradients[t, i] / len(batch) if i in batch else 0 * d_x
+            d_v = momentum * d_v + hessians[t] @ d_x + own
+            d_x = (1 - rates[t] * decay) * d_x - rates[t] * d_v
+        found.append(cotangent @ d_x)
+    return found
+
+
+def adjoint_in_single_precision(gradients, hessians, batches, rates, momentum, decay, cotangent):
+    g, h, r, c = (x.float() for x in (gradients, hessians, rates, cotangent))
+    return adjoint(g, h, batches, r, momentum, decay, c)
+
+
+def adjoint_spoils_the_cotangent(g, h, batches, rates, momentum, decay, cotangent):
+    answer = adjoint(g, h, batches, rates, momentum, decay, cotangent)
+    cotangent *= 1 - rates[0] * decay
+    return answer
+
+
+RIGHT["adjoint"] = {
+    "backwards": adjoint,
+    "backpropagation": adjoint_by_autograd,
+    "forwards, a list": adjoint_forwards,
+    "single precision": adjoint_in_single_precision,
+    "a column": lambda *a: adjoint(*a)[:, None],
+    "NumPy": lambda *a: adjoint(*a).numpy(),
+}
+WRONG["adjoint"] = {
+    "sign": ("sign", lambda *a: -adjoint(*a)),
+    "times N": ("score, not derivative", lambda *a: adjoint(*a) * len(a[0][0])),
+    "divided by N": ("1/N applied", lambda *a: adjoint(*a) / len(a[0][0])),
+    "no buffer": ("momentum dropped", partly(adjoint, keep_buffer=0.0)),
+    "N": ("1/N instead of 1/B", partly(adjoint, size=lambda batch, n: n)),
+    "sums": ("missing 1/B", partly(adjoint, size=lambda batch, n: 1)),
+    "no decay": ("decay forgotten", partly(adjoint, decays=0.0)),
+    "first step first": ("steps in the order of training", partly(adjoint, order=range)),
+    "at the end": (
+        "last Hessian for all steps",
+        partly(adjoint, curvature=lambda hessians, t: hessians[-1]),
+    ),
+    "gradients alone": (
+        "missing Hessians",
+        partly(adjoint, curvature=lambda hessians, t: 0 * hessians[t]),
+    ),
+    "along λ_x": (
+        "Hessian along λ_x",
+        partly(adjoint, along=lambda of_g, of_x, eta: -eta * of_x),
+    ),
+    "batches unread": (
+        "every example in every step",
+        partly(adjoint, chosen=lambda batch, n: torch.arange(n)),
+    ),
+    "sign, no decay": ("decay forgotten; sign", lambda *a: -adjoint(*a, decays=0.0)),
+    "no buffer, no decay": ("not recognised", partly(adjoint, keep_buffer=0.0, decays=0.0)),
+    "summed": ("wrong shape", partly(adjoint, finish=torch.sum)),
+    "in place": ("argument changed in place", adjoint_spoils_the_cotangent),
+}
+
+
 # --- the tests -----------------------------------------------------------------------------------
 
 
@@ -1193,6 +1301,18 @@ def chain_scores(g_0, h_0, g_1, h_1, alpha, g_2, f_w_theta, f_theta_theta, f_w, 
     first = torch.zeros(len(h_0), dtype=f_w.dtype)
     first[:p] = (pull * u_1)[:p]
     return -torch.cat([g_0 @ torch.linalg.solve(h_0, first), g_1 @ u_1, g_2 @ u_2])
+
+
+def adjoint(gradients, hessians, batches, rates, momentum, decay, cotangent):
+    found = torch.zeros_like(gradients[0, :, 0])
+    of_x, of_v = cotangent, torch.zeros_like(cotangent)
+    for t in reversed(range(len(rates))):
+        batch, eta = batches[t], rates[t]
+        of_g = of_v - eta * of_x
+        found[batch] += gradients[t, batch] @ of_g / len(batch)
+        of_x = (1 - eta * decay) * of_x + hessians[t] @ of_g
+        of_v = momentum * of_g
+    return found
 """
 
 

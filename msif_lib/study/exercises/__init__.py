@@ -13,6 +13,7 @@ from msif_lib.study.exercises.chains import CHAIN
 from msif_lib.study.exercises.one_stage import INFLUENCE, RETRAINING
 from msif_lib.study.exercises.problem import Array, Endless, Exercise, Outcome, Problem
 from msif_lib.study.exercises.solvers import CONJUGATE_GRADIENT, HVP
+from msif_lib.study.exercises.steps import ADJOINT
 from msif_lib.study.exercises.two_stages import CASE1, CASE2
 
 __all__ = ["EXERCISES", "Array", "Endless", "Exercise", "Outcome", "Problem"]
@@ -24,5 +25,6 @@ EXERCISES = {
     "case1": CASE1,
     "case2": CASE2,
     "chain": CHAIN,
+    "adjoint": ADJOINT,
     "retraining": RETRAINING,
 }
