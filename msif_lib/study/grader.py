@@ -154,8 +154,8 @@ def check(name: str, function: Callable[..., Any]) -> Verdict:
     ----------
     name
         Which exercise: ``"hvp"``, ``"conjugate_gradient"``, ``"influence"``, ``"case1"``,
-        ``"case2"``, ``"chain"``, ``"adjoint"`` or ``"retraining"``. Arguments and results are described in
-        ``exercises/influence.py`` and in the chapters.
+        ``"case2"``, ``"chain"``, ``"adjoint"`` or ``"retraining"``. Arguments and result of each
+        are described in ``exercises/influence.py`` and in the chapters.
     function
         The student's function; called with positional arguments.
 
