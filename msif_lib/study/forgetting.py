@@ -119,7 +119,6 @@ def finetune_in_steps(
         gradient = work.parameters.put(tested[k][2][:, None], stage.parameters.all)
         back = torch.cat([gradient, back], 1)
         if piece is not None:
-            work.load_vector(piece.end)
             back = Unrolled(work, piece).pull_back(back).handed
     if not back.isfinite().all():
         raise FloatingPointError(
