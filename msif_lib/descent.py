@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from msif_lib.optimisers import SGD, AdamW, Optimiser, State, clipped
 from msif_lib.stage import Stage
-from msif_lib.steps import Augment, Batches, Steps, drawn_from
+from msif_lib.steps import Augment, Batches, Linearised, Steps, drawn_from
 
 __all__ = [
     "SGD",
@@ -43,6 +43,11 @@ __all__ = [
 # rounding, which grows along a training, but no wrong rate or batch.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _LOW_PRECISION = 5e-2
+# Bytes of the graphs that are kept from the repetition of steps, not to be recorded once more.
+_GRAPHS = 2**26
+
+#: The gradient of a step's objective with its graph.
+Recorded = tuple[Tensor, Linearised]
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,8 +346,8 @@ def pull_back(
     """Walk a training back: the derivatives of q by its start and by the examples' weights.
 
     The training is repeated from the states of the path, each part of it once, so that about
-    2√T states are alive at most. A step costs one product with the Hessian of its batch for each
-    cotangent.
+    2√T states are alive at most, besides up to 64 MiB of the graphs of their gradients. A step
+    costs one product with the Hessian of its batch for each cotangent.
 
     Parameters
     ----------
@@ -386,14 +391,14 @@ def pull_back(
         for first in sorted(path.states, reverse=True):
             if first >= walk.step:
                 continue
-            states = [path.states[first], *steps.after(path.states[first], walk.step)]
-            if not _near(states.pop().x, path.trained_after(walk.step, stage), way):
+            trail, end = walk.repeated(path.states[first])
+            if not _near(end.x, path.trained_after(walk.step, stage), way):
                 raise ValueError(
                     "the stage is not the one whose training path records: the same steps lead "
                     "elsewhere; compare its data, weights=, l2= and regularizer"
                 )
-            while states:
-                walk.back(states.pop())
+            while trail:
+                walk.back(*trail.pop())
                 bar.update()
             if keep is not None:
                 keep.put(walk.kept())
@@ -415,16 +420,29 @@ class _Walk:
         self.fixed = self._parameters.take(cotangent, steps.fixed).T
         size = steps.stage.size if of is None else of.size
         self.derivatives = cotangent.new_zeros(size, cotangent.shape[1])
+        self._graphs = steps.graphs_within(_GRAPHS)
 
     @property
     def step(self) -> int:
         """Steps taken before the state that the walk has come to."""
         return self.cotangent.step
 
-    def back(self, state: State) -> None:
+    def repeated(self, state: State) -> tuple[list[tuple[State, Recorded | None]], State]:
+        """The states from `state` up to here, the graphs of the last ones, and the state here."""
+        steps, trail = self.steps, []
+        while state.step < self.step:
+            recorded = None
+            if self.step - state.step <= self._graphs:
+                recorded = steps.linearised(state.x, state.step)
+            gradient = recorded[0] if recorded else steps.gradient(state.x, state.step)
+            trail.append((state, recorded))
+            state = steps.taken(state, gradient)
+        return trail, state
+
+    def back(self, state: State, recorded: Recorded | None) -> None:
         """Go back over the step that was taken from `state`."""
         steps, optimiser, t = self.steps, self.steps.optimiser, state.step
-        gradient, linearised = steps.linearised(state.x, t)
+        gradient, linearised = recorded or steps.linearised(state.x, t)
         gradient, clipping = clipped(gradient, optimiser.clip)
         lambda_g, before = optimiser.pull_back(
             state, gradient, steps.rate(t), steps.decay, self.cotangent

@@ -24,7 +24,12 @@ from torch.utils.data import Sampler
 from msif_lib.optimisers import Optimiser, Rate, State, clipped
 from msif_lib.stage import Stage
 from msif_lib.support.data import Nested, map_leaves
-from msif_lib.support.functional import explain_missing_derivatives, require_second_derivatives
+from msif_lib.support.functional import (
+    GraphNotCountable,
+    explain_missing_derivatives,
+    require_second_derivatives,
+    saved_bytes,
+)
 
 #: Changes the inputs of a batch, drawing from torch's generator.
 Augment = Callable[[Nested], Nested]
@@ -328,16 +333,37 @@ class Steps:
             A step led out of the finite numbers.
         """
         while state.step < stop:
-            step = state.step
-            gradient, _ = clipped(self.gradient(state.x, step), self.optimiser.clip)
-            state = self.optimiser.step(state, gradient, self.rate(step), self.decay)
-            if not state.x.sum().isfinite():
-                raise FloatingPointError(
-                    f"the training diverged in step {step} of {len(self)}, counted from 0, at a "
-                    f"learning rate of {self.learning_rates[step]:g}: lower lr, or shorten "
-                    "gradients with clip= of the optimiser"
-                )
+            state = self.taken(state, self.gradient(state.x, state.step))
             yield state
+
+    def taken(self, state: State, gradient: Tensor) -> State:
+        """The state after one step, given ∇J_b ``(p_T,)`` before it.
+
+        Raises
+        ------
+        FloatingPointError
+            The step leads out of the finite numbers.
+        """
+        step = state.step
+        gradient, _ = clipped(gradient, self.optimiser.clip)
+        state = self.optimiser.step(state, gradient, self.rate(step), self.decay)
+        if not state.x.sum().isfinite():
+            raise FloatingPointError(
+                f"the training diverged in step {step} of {len(self)}, counted from 0, at a "
+                f"learning rate of {self.learning_rates[step]:g}: lower lr, or shorten gradients "
+                "with clip= of the optimiser"
+            )
+        return state
+
+    def graphs_within(self, budget: int) -> int:
+        """How many graphs of a step's gradient, that of the first for one, take so many bytes."""
+        try:
+            with self.running(), saved_bytes() as held:
+                recorded = self.linearised(self.begin().x, 0)
+        except GraphNotCountable:
+            return 0
+        assert recorded  # alive till now
+        return budget // max(1, sum(held.values()))
 
 
 class Linearised:
