@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import pathlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from problems import check, relative_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks import chain
 from msif_lib import Stage, cross_entropy
 from msif_lib import descent as descent_module
 from msif_lib.descent import Batches, Path, descend, drawn_from, pull_back, run
@@ -839,3 +841,43 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
     embedding.train()
     with pytest.raises(ValueError, match=r"embedding\.1 is BatchNorm.*use GroupNorm"):
         descend(stage, SGD(0.1), 1, 2, 0, progress=False)
+
+
+# --- the benchmark -------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures_what_it_says(tmp_path: pathlib.Path) -> None:
+    record = chain.main(["--quick", "--out", str(tmp_path)])
+    values = record["values"]
+    assert (tmp_path / "chain.json").is_file()
+    assert {"MLP, SGD", "MLP, Adam", "CNN, SGD"} <= set(values)
+    for name in ("MLP, SGD", "MLP, Adam", "CNN, SGD"):
+        found = values[name]
+        assert found["steps"] == 2 * (5 + 3) and found["states"]["share"] <= 1
+        assert all(ratio["lowest"] > 0 for ratio in found["ratios"].values())
+    assert "back, 3 functionals" in values["MLP, Adam"]["ratios"]
+
+
+def test_the_benchmark_walks_the_chain() -> None:
+    options = chain.chosen(["--quick", "--out", "unused"])
+    trainings = chain.Trainings("MLP", "SGD", options)
+    trainings.by_ours()
+    derivatives = trainings.back(2).double()
+    (first, second), (path, tuned) = trainings.stages, trainings.paths
+    generator = torch.Generator().manual_seed(2)
+    cotangent = torch.randn(len(tuned.end), 2, generator=generator).double()
+
+    def end(weights: Tensor) -> Tensor:
+        stages = [stage.to(F64) for stage in (first, second)]
+        pretrained = run(stages[0], path64(path), weights[None], path.start.double()[None])[0]
+        shared = pretrained[: second.embedding_size]
+        start = torch.cat([shared, tuned.start[second.embedding_size :].double()])
+        ones = torch.ones(1, second.size, dtype=F64)
+        return run(stages[1], path64(tuned), ones, start[None])[0] @ cotangent
+
+    def path64(path: Path) -> Path:
+        return dataclasses.replace(path, start=path.start.double(), end=path.end.double())
+
+    h, units = 1e-5, torch.eye(first.size, dtype=F64)
+    truth = torch.stack([(end(1 + h * u) - end(1 - h * u)) / (2 * h) for u in units])
+    check(derivatives, truth, 1e-3)  # the chain runs in float32
