@@ -9,6 +9,7 @@ the Hessian is looked up, and where it is negative training goes on along its ei
 
 from __future__ import annotations
 
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -328,21 +329,20 @@ def _adam(
     loader = torch.utils.data.DataLoader(
         data, minibatch, shuffle=True, generator=torch.Generator().manual_seed(seed)
     )
-    theta = x.detach().clone().requires_grad_()
-    optimizer = torch.optim.Adam([theta], lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
+    adam, steps = AdamW(learning_rate, weight_decay=0.0), epochs * len(loader)
+    state = adam.begin(x.detach())
     for _ in range(epochs):
         for (indices,) in loader:
             batch = map_leaves(partial(_rows, indices=indices), (inputs, targets))
             batch = map_leaves(lambda leaf: leaf.to(stage.device), batch)
             weights = stage.weights[indices.to(stage.device)]
+            theta = state.x.clone().requires_grad_()
             parts = objective.parts(theta)
             losses = weights @ stage.batch_losses(parts, *batch) / len(indices)
-            optimizer.zero_grad()
-            (losses + objective.penalty(parts)).backward()
-            optimizer.step()
-            schedule.step()
-    return theta.detach()
+            (gradient,) = torch.autograd.grad(losses + objective.penalty(parts), theta)
+            rate = learning_rate * (1 + math.cos(math.pi * state.step / steps)) / 2
+            state = adam.step(state, gradient, rate, 0.0)
+    return state.x
 
 
 def _rows(leaf: Tensor, indices: Tensor) -> Tensor:
