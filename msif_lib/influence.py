@@ -111,7 +111,10 @@ class Chain:
             None, *(over.value(link.vector()) for over, link in zip(self._hand_overs, self.links))
         ]  # fmt: skip
         for link, c, name in zip(self.links, given, self.names):
-            self._require_stationary(link, link.slope(c), name, stationarity_tol)
+            slope = link.slope(c)
+            if slope is not None:
+                self.gradient_norms[name] = float(slope.norm())
+                _require_stationary(link, self.gradient_norms[name], name, stationarity_tol)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -145,25 +148,6 @@ class Chain:
             )
         for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
             check_start(over, *pair, *called)
-
-    def _require_stationary(
-        self, link: Link, slope: Tensor | None, name: str, tolerance: float
-    ) -> None:
-        if slope is None:
-            return
-        norm = self.gradient_norms[name] = float(slope.norm())
-        if norm == 0 or tolerance == float("inf"):
-            return
-        size = gradient_size(link)
-        if norm > tolerance * size:
-            compared = f", {norm / size:.1e} of one example's" if size else ""
-            warn_caller(
-                f"the {name} stage is not at a stationary point: its gradient norm is "
-                f"{norm:.1e}{compared} (above {tolerance:.1e}), and {type(link).__name__} assumes "
-                "zero; train further, or use a link that needs no optimum: Unrolled, where the "
-                "training was recorded, or Stopped, where it was not",
-                StationarityWarning,
-            )
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -208,20 +192,11 @@ class Chain:
         """
         if not 0 <= stage < len(self.links) - 1:
             raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
-        cotangent = self._checked(cotangent)
+        cotangent = _checked(cotangent, self._last())
         for number in range(len(self.links) - 1, stage + 1, -1):
             pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
             cotangent = self._handed_to(number - 1, pulled.handed)
         return self.links[stage + 1].pull_back(cotangent, Asked(progress=self.progress)).handed
-
-    def _checked(self, cotangent: Tensor) -> Tensor:
-        """dq/dx at the last model, if it can be that."""
-        size = self._last().parameters.size
-        if cotangent.dim() != 2 or len(cotangent) != size or not cotangent.isfinite().all():
-            raise ValueError(
-                f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
-            )
-        return cotangent
 
     def _handed_to(self, number: int, handed: Tensor) -> Tensor:
         return self._hand_overs[number].pull_back(handed, self.links[number].vector())
@@ -289,7 +264,7 @@ class Chain:
         ValueError
             `cotangent` of another shape, or not finite.
         """
-        call = _Call(partial(self._checked, cotangent), True, {}, None)
+        call = _Call(partial(_checked, cotangent, self._last()), True, {}, None)
         return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
 
     def _call(
@@ -435,6 +410,32 @@ class _Call:
     per_test: bool
     scored: Mapping[int, Stage]
     kept: Kept | None
+
+
+def _checked(cotangent: Tensor, last: Stage) -> Tensor:
+    """dq/dx at the last model, if it can be that."""
+    size = last.parameters.size
+    if cotangent.dim() != 2 or len(cotangent) != size or not cotangent.isfinite().all():
+        raise ValueError(
+            f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
+        )
+    return cotangent
+
+
+def _require_stationary(link: Link, norm: float, name: str, tolerance: float) -> None:
+    """Warn of a gradient of this norm where the link assumes none."""
+    if norm == 0 or tolerance == float("inf"):
+        return
+    size = gradient_size(link)
+    if norm > tolerance * size:
+        compared = f", {norm / size:.1e} of one example's" if size else ""
+        warn_caller(
+            f"the {name} stage is not at a stationary point: its gradient norm is "
+            f"{norm:.1e}{compared} (above {tolerance:.1e}), and {type(link).__name__} assumes "
+            "zero; train further, or use a link that needs no optimum: Unrolled, where the "
+            "training was recorded, or Stopped, where it was not",
+            StationarityWarning,
+        )
 
 
 def _late(link: Link, cotangent: Callable[[], Tensor], asked: Asked) -> PulledBack:
