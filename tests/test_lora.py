@@ -129,6 +129,23 @@ def test_adapters_merged_into_the_base_weights_are_handed_on(name, alpha):
         check(given[stage][CHOSEN[:2]], fits.differences(stage, CHOSEN[:2], STEP))
 
 
+def test_a_merge_by_the_user_may_round_otherwise():
+    """The same product in another order: the stage after stays where it was, but for rounding."""
+    first = finetuning(0, 1, None, hands_on=merged)
+    base = randomised(mlp(4), 2)
+    given = merged(first.base)
+    third = Fit(base, examples(11, 4, 2), 0.08, shared=EMBEDDING, trained=["head.weight"])
+    for off, refused in ((1e-15, False), (1e-9, True)):
+        named = third.base | {name: part * (1 + off) for name, part in given.items()}
+        links = [Stopped(one, 1.0) for one in (first.stage(first.base), third.stage(named))]
+        if refused:
+            with pytest.raises(ValueError, match="they differ from those with which pretrain"):
+                Chain(links, progress=False)
+        else:
+            assert not torch.equal(named["embedding.0.weight"], given["embedding.0.weight"])
+            Chain(links, progress=False)
+
+
 def test_what_is_handed_on_must_have_been_trained():
     first = finetuning(0, 1, None, hands_on=merged)
     third = Fit(randomised(mlp(4), 2), examples(11, 4, 2), 0.08, shared=EMBEDDING)
