@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import F64, check, log_loss, relative_error
 from torch import Tensor, nn
+from torch.func import hessian, jacrev
 
 from msif_lib import Chain, Stage
 from msif_lib.links import Frozen, Optimum, Proximal, Stopped, Unrolled
@@ -211,6 +212,26 @@ def test_three_stages_of_which_the_middle_one_was_stopped_early():
     for stage, values in enumerate(scores(fits)):
         check(values, exact[stage], EXACT)
         check(values[CHOSEN[:2]], fits.differences(stage, CHOSEN[:2], STEP))
+
+
+def test_only_the_finetuning_s_path_is_kept():
+    """Stopped, then Unrolled: the walk hands λ over, and a bounded function of H takes it."""
+    fits = stepped("mlp", "momentum", "adamw")
+    first, second = fits.links()
+    time = first.path.time
+    assert time == pytest.approx(sum(fits.fits[0].rates) / (1 - 0.8))
+    links = [Stopped(first.stage, time, tol=1e-13), second]
+    found = Chain(links, progress=False).scores(fits.test, per_test=True)
+    check(found[1].values, fits.exact()[1], EXACT)
+    one, x, c = fits.fits[0], fits.trained[0], fits.handed[0]
+    values, vectors = torch.linalg.eigh(hessian(one.objective)(x, c, one.weights))
+    positive = torch.where(values > 0, values, 1.0)
+    phi = torch.where(values > 0, -torch.expm1(-time * positive) / positive, time)
+    slopes = jacrev(lambda x: one.losses(one.named(x, c)))(x)
+    chain = Chain([first, second], progress=False)
+    handed = chain.sensitivity(chain.test_gradients(fits.test, per_test=True))
+    back = torch.cat([handed, torch.zeros(len(x) - len(handed), 6, dtype=F64)])
+    check(found[0].values, -slopes @ (vectors * phi @ (vectors.T @ back)), EXACT)
 
 
 def test_finetuning_in_place_after_a_recorded_training():
