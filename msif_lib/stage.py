@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from msif_lib.support.checks import DataCheck
-from msif_lib.support.data import Batch, Examples, Nested, map_leaves
-from msif_lib.support.fingerprint import fingerprint, rounded
+from msif_lib.support.checks import DataCheck, checked_weights
+from msif_lib.support.data import Batch, Examples, map_leaves
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.identity import identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer
 from msif_lib.support.parameters import Block, matching
 from msif_lib.support.probes import Capabilities
@@ -29,8 +31,6 @@ from msif_lib.support.reader import Reader
 
 # Entries of the largest block of per-example gradients held at once (64 MB in float64).
 _GRADIENT_BLOCK = 2**23
-# Examples whose losses, and which of data on disk, a stage is known by.
-_KNOWN_BY = 16
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -69,8 +69,7 @@ class Stage(Model):
         A pair ``(inputs, targets)`` of (nested) tensors, a map-style ``Dataset`` or a
         ``DataLoader``. Scores come in the order of `data`.
     l2
-        Weight decay: adds l2/2 ‖parameters‖² to the objective. (Of parameters that are not
-        trained the share is a constant and drops out of every formula.)
+        Weight decay: adds l2/2 ‖parameters‖² to the objective.
     batch_size
         Examples evaluated at once, at most. Changes memory and speed, never a result.
     regularizer
@@ -79,30 +78,26 @@ class Stage(Model):
     check
         Evaluate the model once over `data` and refuse what would make scores meaningless.
     memory_budget
-        Bytes of autograd graph of one batch. Where `batch_size` examples would need more, as is
-        measured on the first two, batches are smaller. None: 32 MiB on a CPU, where what no
-        longer fits its caches is slower too, and 2 GiB on a GPU; four times the parameters where
-        that is more.
+        Bytes of autograd graph of one batch; where `batch_size` examples need more, batches are
+        smaller. None: 32 MiB on a CPU, 2 GiB on a GPU, four times the parameters if that is more.
     weights
         w_i of the examples, ``(N,)``, none negative. None: all 1.
     trained
         Shell patterns of the names of the parameters that training moves. None: those that
         require a gradient.
     hands_on
-        A function from the named parameters to the named parameters that the next stage takes,
-        for what is handed on only after a change (LoRA merged into its base weights). None: the
-        parameters themselves.
+        A function from the named parameters to those that the next stage takes, for what is
+        handed on after a change (LoRA merged into its base). None: the parameters themselves.
 
     Raises
     ------
     ValueError
-        Empty or wrongly shaped data; targets outside the head's classes; non-finite inputs or
-        losses (with the index of the first offending example); a data set that changes from one
-        reading to the next; a loss that is not per-example;
-        BatchNorm or dropout in training mode and everything else that makes the loss of one
-        example depend on the others or on chance; parameters that share memory without being
-        one; mixed devices or dtypes; a negative `l2`; weights of another length, negative or not
-        finite; a pattern that fits no parameter; a `batch_size` or `memory_budget` below 1.
+        Empty or wrongly shaped data, or data that change when read again; targets outside the
+        classes; inputs, losses or weights that are not finite, with the first example at fault; a
+        loss that is not per-example, or depends on other examples or on chance (BatchNorm or
+        dropout in training mode); parameters that share memory without being one; mixed devices
+        or dtypes; a negative `l2` or weight; a pattern that fits no parameter; a `batch_size` or
+        `memory_budget` below 1.
 
     Examples
     --------
@@ -217,46 +212,19 @@ class Stage(Model):
             Reader(self.examples, self.device) if reader is None else reader.on(self.examples)
         )
         self.weighted = weights is not None
-        self.weights = self._checked_weights(weights)
+        self.weights = checked_weights(weights, self.size, self.vector())
         # What was found out about the model, once for this stage and all its sections.
-        self.can = Capabilities(self.losses_at, self.vector, self._first, self.size)
+        self.can = Capabilities(self.losses_at, self.vector, self.reader.first, self.size)
         self._chunk: list[int] = []
         if check:
             self.check_data()
         self.reader.require_same(lambda: fingerprint(self.identity()))
 
-    def _checked_weights(self, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return torch.ones(self.size, dtype=self.dtype, device=self.device)
-        weights = torch.as_tensor(weights).detach().to(self.device, self.dtype)
-        if tuple(weights.shape) != (self.size,):
-            raise ValueError(
-                f"weights must hold one number for each of the {self.size} examples, not shape "
-                f"{tuple(weights.shape)}"
-            )
-        if not (weights.isfinite() & (weights >= 0)).all():
-            bad = int((~(weights.isfinite() & (weights >= 0))).nonzero()[0])
-            raise ValueError(f"the weight of example {bad} is {weights[bad]}, not zero or positive")
-        return weights
-
     def check_data(self) -> None:
-        """Refuse data that would make scores meaningless, as at construction.
-
-        Raises
-        ------
-        ValueError
-            As at construction.
-        """
-        check = DataCheck(self.data, self.reader, self._outputs_here, self.loss, self.dtype)
-        refusal: Exception | None = None
-        try:
-            check.run(self.batch_size, lambda: self.chunk_size)
-        except Exception as error:  # whatever it is, other processes must hear of it
-            refusal = error
-        self.reader.agree_on(refusal)
-
-    def _outputs_here(self, inputs: Nested) -> Any:
-        return self.outputs(*self.split(self.vector()), inputs)
+        """Refuse, as a ValueError, data that would make scores meaningless."""
+        outputs = partial(self.batch_outputs, self.parameters.views(self.vector()))
+        check = DataCheck(self.data, self.reader, outputs, self.loss, self.dtype)
+        self.reader.agree_on(check.refusal(self.batch_size, lambda: self.chunk_size))
 
     @property
     def size(self) -> int:
@@ -266,10 +234,7 @@ class Stage(Model):
     # --- sums over the data -----------------------------------------------------------------
 
     def section(self, indices: Sequence[int]) -> Stage:
-        """The same stage reading these examples alone; :attr:`size` stays that of the data.
-
-        For results an example, such as gradients: a mean over the data needs all of them.
-        """
+        """The same stage reading these examples alone, for results an example; `size` stays."""
         return self.reading(self.reader.section(indices))
 
     def reading(self, reader: Reader) -> Stage:
@@ -284,10 +249,6 @@ class Stage(Model):
         if not self._chunk:
             self._chunk.append(self.can.examples_at_once(self.batch_size, self.memory_budget))
         return self._chunk[0]
-
-    def _first(self, count: int) -> Batch:
-        """The first examples, on the model's device."""
-        return next(self.reader.read(count, range(count)))
 
     def batches(self) -> Iterator[Batch]:
         """The data in order, in batches, on the model's device."""
@@ -345,15 +306,14 @@ class Stage(Model):
         """
         gradient = self.objective_and_gradient(vector)[1]
         if not gradient.isfinite().all():
-            theta = self.vector() if vector is None else vector
-            blocks = (~block.isfinite().all(1) for block in self.per_example_gradients(theta))
+            blocks = (~block.isfinite().all(1) for block in self.per_example_gradients(vector))
             bad = self.reader.gather(blocks, torch.zeros(0, dtype=torch.bool, device=self.device))
-            if bad.any():
-                raise ValueError(
-                    f"the gradient of the loss of example {int(bad.nonzero()[0])} is not finite; "
-                    "look at its inputs and at the loss at the trained parameters"
-                )
-            raise ValueError("the gradient of the regularizer is not finite")
+            raise ValueError(
+                f"the gradient of the loss of example {int(bad.nonzero()[0])} is not finite; "
+                "look at its inputs and at the loss at the trained parameters"
+                if bad.any()
+                else "the gradient of the regularizer is not finite"
+            )
         return gradient
 
     # --- derivatives of each example's loss -------------------------------------------------
@@ -411,7 +371,7 @@ class Stage(Model):
     def with_weights(self, weights: Tensor) -> Stage:
         """The same stage with other weights of its examples, ``(N,)``."""
         other = copy.copy(self)
-        other.weights, other.weighted = self._checked_weights(weights), True
+        other.weights, other.weighted = checked_weights(weights, self.size, self.vector()), True
         return other
 
     def with_trained(self, block: Block) -> Stage:
@@ -439,29 +399,5 @@ class Stage(Model):
         return other
 
     def identity(self) -> list[Any]:
-        """What a stage is known by, in results that are kept.
-
-        Parameters and buffers, modules in words, settings, weights, number of examples; of data
-        in memory every example, of other data some, for to read all would cost as much as the work
-        it could save; and, since code has no digest that survives a session, the losses of some
-        examples and the regularizer's value, at the parameters and at a point beside them.
-        """
-        theta = self.vector()
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(theta), generator=generator, dtype=torch.float64)
-        points = [self.parameters.views(at) for at in (theta, theta + 0.1 * noise.to(theta))]
-        some, values = [], []
-        with torch.no_grad():
-            values += [rounded(self.penalty(parts)) for parts in points]
-            for example in self.read(1, range(0, self.size, -(-self.size // _KNOWN_BY))):
-                some.append(fingerprint(example))
-                values += [rounded(self.batch_losses(parts, *example)) for parts in points]
-        return [
-            theta,
-            dict(self.model.named_buffers()),
-            [self.model, self.names, self.shared, self.trained, self.l2, str(self.device)],
-            self.weights,
-            self.size,
-            self.examples.tensors() if isinstance(self.data, list | tuple) else some,
-            values,
-        ]
+        """What a stage is known by in results that are kept: its parts, and its values."""
+        return identity_of(self, self.examples, isinstance(self.data, list | tuple), self.weights)

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["support"],
     ["stage"],
-    ["preconditioner", "minres"],
+    ["optimisers"],
+    ["preconditioner", "minres", "steps"],
     ["curvature", "solvers", "lanczos", "training", "descent"],
     ["links", "scores"],
     ["handover", "kept"],

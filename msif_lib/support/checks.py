@@ -67,6 +67,29 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
                 )
 
 
+def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """The weights of `size` examples, 1 where there are none, in dtype and on device of `like`.
+
+    Raises
+    ------
+    ValueError
+        Weights of another shape, negative or not finite; the message names the first example.
+    """
+    if weights is None:
+        return torch.ones(size, dtype=like.dtype, device=like.device)
+    weights = torch.as_tensor(weights).detach().to(like)
+    if tuple(weights.shape) != (size,):
+        raise ValueError(
+            f"weights must hold one number for each of the {size} examples, not shape "
+            f"{tuple(weights.shape)}"
+        )
+    bad = (~(weights.isfinite() & (weights >= 0))).nonzero()
+    if len(bad):
+        first = int(bad[0])
+        raise ValueError(f"the weight of example {first} is {weights[first]}, not zero or positive")
+    return weights
+
+
 def check_modes(model: nn.Module) -> None:
     """No layer by which one example's loss depends on others or on chance.
 
@@ -159,6 +182,14 @@ class DataCheck:
                         "look at its inputs, its target and the trained parameters"
                     )
                 start += len(losses)
+
+    def refusal(self, batch_size: int, chunk_size: Callable[[], int]) -> Exception | None:
+        """What :meth:`run` raises, whatever it is: other processes must hear of it."""
+        try:
+            self.run(batch_size, chunk_size)
+        except Exception as error:
+            return error
+        return None
 
     def _moved(self, batch: Batch) -> Batch:
         inputs, targets = map_leaves(lambda leaf: leaf.to(self._reader.device), batch)

@@ -59,6 +59,10 @@ class Reader:
                 map_leaves(lambda leaf: leaf.to(self.device), targets),
             )
 
+    def first(self, count: int) -> Batch:
+        """The first examples of all, on the device."""
+        return next(self.read(count, range(count)))
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The examples of this process in order, in batches, on the device."""
         return self.read(batch_size, self.share)
