@@ -76,6 +76,8 @@ class Chain:
     -----
     StationarityWarning
         A stage is not at a stationary point.
+    UserWarning
+        An `Optimum` in the midst of the chain cuts it: it hands nothing back.
 
     Examples
     --------
@@ -148,6 +150,13 @@ class Chain:
             )
         for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
             check_start(over, *pair, *called)
+            if isinstance(pair[1], Optimum) and not pair[1].kept:
+                warn_caller(
+                    f"{called[1]} is an Optimum that trains all that it was handed, and an optimum "
+                    "forgets where training began: the scores of every stage before it are zero. "
+                    "If yours did not forget, say how with Proximal or Unrolled",
+                    UserWarning,
+                )
 
     # --- the walk back ----------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch.utils.data import (
 )
 
 from msif_lib import (
+    Chain,
     FixedEmbeddingInfluence,
     SingleStageInfluence,
     Stage,
@@ -27,6 +28,7 @@ from msif_lib import (
     UpdatedEmbeddingInfluence,
     cross_entropy,
 )
+from msif_lib.links import Optimum
 from msif_lib.solvers import ConjugateGradient, Dense, MinRes, SolverWarning
 
 
@@ -572,3 +574,12 @@ def test_case_1_refuses_embeddings_whose_running_statistics_differ() -> None:
     ]
     with pytest.raises(ValueError, match=r"buffers of finetune\.embedding"):
         FixedEmbeddingInfluence(*stages, stationarity_tol=10.0, progress=False)
+
+
+def test_an_optimum_in_the_midst_of_a_chain_says_that_it_cuts_it(mlp):
+    """What it hands back is zero, and so are the scores of what came before."""
+    first, second = mlp.stages(ALPHAS[0])
+    with pytest.warns(UserWarning, match="finetune is an Optimum .* before it are zero"):
+        chain = Chain([Optimum(first, Dense()), Optimum(second, Dense())], float("inf"), False)
+    scores = chain.scores(mlp.test_data)
+    assert not scores[0].values.any() and scores[1].values.any()
