@@ -150,13 +150,7 @@ class Chain:
             )
         for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
             check_start(over, *pair, *called)
-            if isinstance(pair[1], Optimum) and not pair[1].kept:
-                warn_caller(
-                    f"{called[1]} is an Optimum that trains all that it was handed, and an optimum "
-                    "forgets where training began: the scores of every stage before it are zero. "
-                    "If yours did not forget, say how with Proximal or Unrolled",
-                    UserWarning,
-                )
+            _say_where_cut(pair[1], called[1])
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -429,6 +423,17 @@ def _checked(cotangent: Tensor, last: Stage) -> Tensor:
             f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
         )
     return cotangent
+
+
+def _say_where_cut(link: Link, name: str) -> None:
+    """An optimum that trains all that it was handed forgets it: nothing goes further back."""
+    if isinstance(link, Optimum) and not link.kept:
+        warn_caller(
+            f"{name} is an Optimum that trains all that it was handed, and an optimum forgets "
+            "where training began: the scores of every stage before it are zero. If yours did not "
+            "forget, say how with Proximal or Unrolled",
+            UserWarning,
+        )
 
 
 def _require_stationary(link: Link, norm: float, name: str, tolerance: float) -> None:
