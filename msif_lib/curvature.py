@@ -359,6 +359,26 @@ class AddDiagonal(LinearOperator):
         return self.operator.dense() + torch.diag(self.diagonal)
 
 
+class Scaled(LinearOperator):
+    """P^½ A P^½ + diag(δ): what an optimiser that multiplies gradients by P and decays sees of A.
+
+    Parameters
+    ----------
+    operator
+        A, symmetric ``(p, p)``.
+    root, decay
+        P^½ and δ, ``(p,)``.
+    """
+
+    def __init__(self, operator: LinearOperator, root: Tensor, decay: Tensor) -> None:
+        self.operator, self.root, self.decay = operator, root, decay
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+
+    def _product(self, columns: Tensor) -> Tensor:
+        root = self.root[:, None]
+        return root * (self.operator @ (root * columns)) + self.decay[:, None] * columns
+
+
 def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
     """The parameters that a block's name stands for.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.optimisers import SGD, AdamW, Optimiser, State, clipped
+from msif_lib.optimisers import SGD, AdamW, Optimiser, State
 from msif_lib.stage import Stage
 from msif_lib.steps import Augment, Batches, Linearised, Steps, drawn_from
 
@@ -65,7 +65,8 @@ class Path:
     optimiser
         The rule of the steps.
     states
-        By number of steps taken, every √T steps from 0 on; from these a walk back replays.
+        By number of steps taken, every √T steps from 0 on and at the end; a walk back replays
+        from these.
     noise_seed
         What dropout and augmentation drew from (:func:`~msif_lib.steps.drawn_from`); None: nothing
         was drawn.
@@ -100,8 +101,32 @@ class Path:
 
     @property
     def time(self) -> float:
-        """How long gradient flow takes to go as far: Σ η, divided by 1 − μ for momentum μ."""
+        """How long gradient flow takes to go as far: Σ η, divided by 1 − μ for momentum μ.
+
+        Of plain gradients; where the optimiser scales them or decays weights, or groups have
+        rates of their own, :meth:`flow` says what the flow is of.
+        """
         return sum(self.learning_rates) * self.optimiser.slowness
+
+    @property
+    def moved(self) -> int | None:
+        """How many parameters the training moved; None where no state was kept."""
+        return self.states[0].x.numel() if self.states else None
+
+    def flow(self, stage: Stage) -> tuple[Tensor, Tensor]:
+        """P, by which the optimiser multiplies gradients at the end, and δ, both ``(p,)``.
+
+        δ is the decoupled decay for each unit of :attr:`time`. For parameters that are not
+        trained they are 1 and 0.
+        """
+        ones = torch.ones_like(stage.parameters.take(self.end, stage.trained))
+        factor, decay = (ones * rate for rate in self.optimiser.rates(stage))
+        scale = factor * self.optimiser.scaling(self.states[len(self)])
+        put, trained = stage.parameters.replaced, stage.trained
+        return (
+            put(torch.ones_like(self.end), scale, trained),
+            put(torch.zeros_like(self.end), factor * decay / self.optimiser.slowness, trained),
+        )
 
     @classmethod
     def record(
@@ -281,9 +306,10 @@ def _taken(
     with steps.running(), _bar(f"{name}, {len(steps)} steps", len(steps), progress) as bar:
         for state in steps.after(begun, len(steps)):
             watch(state)
-            if state.step % every == 0 and state.step < len(steps):
+            if state.step % every == 0:
                 states[state.step] = state
             bar.update()
+    states[state.step] = state
     return Path(
         start=steps.vector,
         end=steps.stage.parameters.replaced(steps.vector, state.x, steps.stage.trained),
@@ -442,14 +468,14 @@ class _Walk:
     def back(self, state: State, recorded: Recorded | None) -> None:
         """Go back over the step that was taken from `state`."""
         steps, optimiser, t = self.steps, self.steps.optimiser, state.step
-        gradient, linearised = recorded or steps.linearised(state.x, t)
-        gradient, clipping = clipped(gradient, optimiser.clip)
+        slopes, linearised = recorded or steps.linearised(state.x, t)
+        gradient, clipping = steps.ruled(slopes, state.x)
         lambda_g, before = optimiser.pull_back(
             state, gradient, steps.rate(t), steps.decay, self.cotangent
         )
-        lambda_g = clipping(lambda_g)
+        of_l2, lambda_g = steps.stage.l2 * lambda_g, clipping(lambda_g)
         product, mixed, by_weight = linearised.pull_back(lambda_g)
-        self.cotangent = before._replace(x=product.add_(before.x))
+        self.cotangent = before._replace(x=product.add_(before.x).add_(of_l2))
         self.fixed = self.fixed + mixed
         if self.of is None:
             indices = steps.batches[t].to(by_weight.device)
@@ -527,8 +553,8 @@ def run(stage: Stage, path: Path, weights: Tensor, start: Tensor, progress: bool
     with steps.running(), _bar(name, len(path), progress) as bar:
         steps.vectorised = steps.vectorised and _alike(steps, state.x, start, weights)
         for t in range(len(path)):
-            gradients = steps.gradients(state.x, start, weights, t)
-            gradients, _ = clipped(gradients, path.optimiser.clip)
+            slopes = steps.gradients(state.x, start, weights, t)
+            gradients, _ = steps.ruled(slopes, state.x)
             state = path.optimiser.step(state, gradients, steps.rate(t), steps.decay)
             bar.update()
     diverged = (~state.x.isfinite().all(1)).nonzero()[:, 0]

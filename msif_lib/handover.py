@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -141,14 +142,6 @@ class HandOver:
 def check_start(over: HandOver, before: Link, link: Link, first: str, second: str) -> None:
     """A stage must have begun, or stayed, where the one before it ended."""
     given, stage = over.value(before.vector()), link.stage
-    theirs = set(before.stage.parameters.tensors)
-    moved = [n for n in stage.shared if n in link.block]
-    same = [stage.names[n] for n in moved if stage.parameters.tensors[n] in theirs]
-    if same and before.reads_modules:
-        raise ValueError(
-            f"{type(link).__name__} needs {same[0]} before and after finetuning, but both stages "
-            f"hold the same module; give {second} a copy (copy.deepcopy) made before finetuning"
-        )
     start = link.begins_at()
     if start is not None:
         if not over.same(stage.split(start)[0], given):
@@ -157,29 +150,48 @@ def check_start(over: HandOver, before: Link, link: Link, first: str, second: st
                 "finetune from there, or give the stage and path that it did start from"
             )
         return
-    kept = stage.parameters.take(torch.cat([given, stage.head_vector()]), link.kept)
-    if not over.same(kept, stage.parameters.take(link.vector(), link.kept)):
+    kept = stage.parameters.take(torch.cat([given, stage.head_vector()]), link.held)
+    if not over.same(kept, stage.parameters.take(link.vector(), link.held)):
         raise ValueError(
             f"case 1 keeps the embedding fixed, but the parameters of {second}.embedding "
             f"differ from those of {first}.embedding; for an embedding that was updated use "
-            "UpdatedEmbeddingInfluence"
-            if isinstance(link, Frozen)
-            else f"{second} does not train {[stage.names[n] for n in link.kept]}, but they differ "
+            "UpdatedEmbeddingInfluence, or a chain with Proximal, Stopped or Unrolled"
+            if isinstance(link, Frozen) and stage.composed
+            else f"{second} does not train {[stage.names[n] for n in link.held]}, but they differ "
             f"from those with which {first} ended; say what was trained with trained="
         )
     if isinstance(link, Frozen) and not over.same_buffers():
         raise ValueError(
-            f"case 1 keeps the embedding fixed, but the buffers of {second}.embedding (running "
+            f"Frozen keeps what is shared fixed, but the buffers of {second}.embedding (running "
             f"statistics, say) differ from those of {first}.embedding"
         )
 
 
+def check_modules(links: Sequence[Link], names: Sequence[str]) -> None:
+    """No stage whose parameters are read from its modules may have had them trained later on."""
+    for number, early in enumerate(links):
+        if not early.reads_modules:
+            continue
+        theirs = set(early.stage.parameters.tensors)
+        for late, name in zip(links[number + 1 :], names[number + 1 :]):
+            stage = late.stage
+            same = [stage.names[n] for n in late.block if stage.parameters.tensors[n] in theirs]
+            if same:
+                raise ValueError(
+                    f"{type(late).__name__} trains {same[0]} of {name}, and {names[number]} and it "
+                    f"hold the same module; give {name} a copy (copy.deepcopy) made before "
+                    f"finetuning: {type(early).__name__} needs its parameters as they were"
+                )
+
+
 def gradient_size(link: Link) -> float:
-    """Root mean square of the norms of some examples' gradients over what is trained."""
+    """Root mean square of the norms of some w_i ∇ℓ_i over what is trained."""
     stage = link.stage
-    part = stage.section(range(0, stage.size, -(-stage.size // _COMPARED)))
+    some = range(0, stage.size, -(-stage.size // _COMPARED))
+    part = stage.section(some)
     blocks = (
         stage.parameters.take(rows.T, link.block).square().sum(0)
         for rows in part.per_example_gradients()
     )
-    return float(part.reader.gather(blocks, stage.vector()[:0]).mean().sqrt())
+    squares = part.reader.gather(blocks, stage.vector()[:0]) * stage.weights[list(some)].square()
+    return float(squares.mean().sqrt())

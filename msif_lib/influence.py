@@ -17,7 +17,7 @@ through one link after the other (:mod:`msif_lib.links`). The three names of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.handover import HandOver, check_start, gradient_size
+from msif_lib.handover import HandOver, check_modules, check_start, gradient_size
 from msif_lib.kept import Kept, file_of
 from msif_lib.links import (
     Asked,
@@ -137,17 +137,26 @@ class Chain:
     def _check_continuity(self, names: Sequence[str]) -> None:
         for link, name in zip(self.links, names):
             if not link.block:
-                own = isinstance(link, Frozen) or not link.stage.head_size
-                what = f"{name}.head has no parameters" if own else "no parameter is trained"
+                stage, what = link.stage, "no parameter is trained"
+                if isinstance(link, Frozen):
+                    what = "all parameters are shared" if stage.trained else what
+                if stage.composed and not stage.head_size:
+                    what = f"{name}.head has no parameters"
                 raise ValueError(
                     f"{what}, so {type(link).__name__} has nothing to train in {name}; say what "
-                    "was trained with trained="
+                    "was trained with trained=, and what is shared with shared="
                 )
         if self._hand_overs and not self._hand_overs[0].moves(self.links[0].block):
             raise ValueError(
-                f"{names[0]}: nothing that it hands on to {names[1]} is trained (its parameters do "
-                "not require a gradient); say what was trained with trained="
+                f"{names[0]}: nothing that it hands on to {names[1]} is trained (by trained=, or "
+                "no gradient is required); say what was trained with trained="
             )
+        if isinstance(self.links[0], Proximal):
+            raise ValueError(
+                f"{names[0]}: a first stage is handed nothing to be pulled towards; its link is "
+                "Optimum, or Unrolled (a regularizer= of the stage can hold a pull of its own)"
+            )
+        check_modules(self.links, names)
         for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
             check_start(over, *pair, *called)
             _say_where_cut(pair[1], called[1])
@@ -290,6 +299,14 @@ class Chain:
             )
             for number, data in chosen.items()
         }
+        if folder is not None:
+            for link in self.links:
+                solver = getattr(link, "solver", None)
+                if solver is not None and not is_dataclass(solver):
+                    raise ValueError(
+                        "out: what is kept must know its solver by its settings, and "
+                        f"{type(solver).__name__} is no dataclass; make it one, or leave out= out"
+                    )
         kept = None if folder is None else Kept(folder, self._keys(test, per_test, scored))
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
 
@@ -317,9 +334,9 @@ class Chain:
         def columns(found: Tensor) -> Tensor:
             return found if call.per_test else found[:, 0]
 
-        if pulled.direction is not None:
+        if pulled.u is not None:
             scored = stage if own else call.scored[number]
-            values = sweep(scored, columns(pulled.direction), path, self.progress)
+            values = sweep(scored, -columns(pulled.u), path, self.progress)
         else:
             assert pulled.scores is not None
             values = rows_kept(columns(pulled.scores), path, stage.reader)
@@ -339,7 +356,7 @@ class Chain:
         keys: list[str] = []
         for number in range(len(self.links) - 1, -1, -1):
             link, of = self.links[number], scored.get(number)
-            after = fingerprint(after, link.settings(), link.stage.identity())
+            after = fingerprint(after, link.settings(), link.stage.identity(link.vector()))
             # The scores of other examples than its own are part of an Unrolled link's answer.
             unrolled = isinstance(link, Unrolled) and of is not None
             keys.append(fingerprint(after, of.identity() if unrolled and of else None))
@@ -397,12 +414,14 @@ class Chain:
             pulled = link.pull_back(gradients, Asked(False, progress=self.progress))
             reports += pulled.reports
             own = (
-                (gradients * pulled.direction).sum(0)
-                if pulled.direction is not None
+                -(gradients * pulled.u).sum(0)
+                if pulled.u is not None
                 else pulled.scores[some, torch.arange(len(some))]  # type: ignore[index]
             )
             values[start : start + at_once] = own
-        return Scores(values, stage.size, tuple(reports), dict(self.gradient_norms), False)
+        weights = stage.weights[wanted] if stage.weighted else None
+        norms = dict(self.gradient_norms)
+        return Scores(values, stage.size, tuple(reports), norms, False, weights)
 
 
 @dataclass(frozen=True)
@@ -427,7 +446,7 @@ def _checked(cotangent: Tensor, last: Stage) -> Tensor:
 
 def _say_where_cut(link: Link, name: str) -> None:
     """An optimum that trains all that it was handed forgets it: nothing goes further back."""
-    if isinstance(link, Optimum) and not link.kept:
+    if isinstance(link, Optimum) and not link.held:
         warn_caller(
             f"{name} is an Optimum that trains all that it was handed, and an optimum forgets "
             "where training began: the scores of every stage before it are zero. If yours did not "

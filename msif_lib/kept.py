@@ -31,6 +31,9 @@ class Kept:
 
     def walk(self, number: int) -> Keep:
         """Where the walk back through a stage is kept after each part of it."""
+        return self._walk(number)
+
+    def _walk(self, number: int) -> _Walk:
         return _Walk(Checkpoint(self.folder), f"stage-{number}.npy.walk-{self._keys[number][:16]}")
 
     def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
@@ -40,13 +43,15 @@ class Kept:
             pulled = make()
             reports = [asdict(report) for report in pulled.reports]
             return {
-                "handed": pulled.handed, "direction": pulled.direction, "scores": pulled.scores,
+                "handed": pulled.handed, "u": pulled.u, "scores": pulled.scores,
                 "reports": reports,
             }  # fmt: skip
 
         path = file_of(self.folder, number)
         solved = begun(path)
         known = kept(path, self._keys[number], plain, reader)
+        if reader.first_process:
+            self._walk(number).remove()  # its end is kept
         reports = tuple(SolveReport(**report) for report in known.pop("reports"))
         for report in reports:
             if solved and not report.converged and report.solver != Identity.__name__:
@@ -64,3 +69,6 @@ class _Walk:
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         self.checkpoint.put(self.name, tensors)
+
+    def remove(self) -> None:
+        self.checkpoint.remove(self.name)

@@ -13,21 +13,21 @@ link takes λ = dq/dx and gives dq/dc, which the stage before takes, and I_i = N
 
 The solves are on what the stage trains. What is shared and not trained stays as it was handed,
 x_c = c, and hands back λ_c − J_cx u: so in `Frozen` all of W, and in every link the base weights
-under LoRA or the encoder under a linear probe.
+under LoRA or the encoder under a linear probe. A head of its own begins anew: nothing is handed
+back for it, and the next λ is zero on the head of the stage before.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian
+from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian, Scaled
 from msif_lib.descent import Keep, Path, pull_back
 from msif_lib.lanczos import functions_of
 from msif_lib.solvers import MinRes, Solver, SolveReport
@@ -35,7 +35,7 @@ from msif_lib.stage import Stage
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
 
-#: Curvatures that a solve may use, by name.
+#: Curvatures that a solve may use, by name. The cross term J_cx is exact with each.
 CURVATURES: dict[str, Callable[[Stage, Block], LinearOperator]] = {
     "hessian": Hessian,
     "gauss-newton": GaussNewton,
@@ -84,18 +84,18 @@ class PulledBack:
     Attributes
     ----------
     handed
-        dq/dc over the shared parameters, ``(p_W, k)``.
-    direction
-        −u over all parameters ``(p, k)``, zero where nothing is trained: I_i = ∇ℓ_iᵀ(−u). None
-        where the scores are not of this form.
+        dq/dc, over the shared parameters ``(p_W, k)``.
+    u
+        Over all parameters ``(p, k)``, zero where nothing is trained: I_i = −∇ℓ_iᵀ u. None where
+        the scores are not of this form.
     scores
-        I_i ``(N, k)``, where `direction` is None.
+        I_i ``(N, k)``, where `u` is None.
     reports
         Of the solves.
     """
 
     handed: Tensor
-    direction: Tensor | None = None
+    u: Tensor | None = None
     scores: Tensor | None = None
     reports: tuple[SolveReport, ...] = ()
 
@@ -109,11 +109,10 @@ class Link(ABC):
         The stage.
     """
 
+    stage: Stage
+
     # Whether the trained parameters are read from the stage's modules, not from a record.
     reads_modules: ClassVar[bool] = True
-
-    def __init__(self, stage: Stage) -> None:
-        self.stage = stage
 
     @property
     def block(self) -> Block:
@@ -121,7 +120,7 @@ class Link(ABC):
         return self.stage.trained
 
     @property
-    def kept(self) -> Block:
+    def held(self) -> Block:
         """Numbers of the shared parameters that stay as they were handed."""
         return tuple(number for number in self.stage.shared if number not in self.block)
 
@@ -134,7 +133,7 @@ class Link(ABC):
         return None
 
     def slope(self, given: Tensor | None) -> Tensor | None:
-        """What a training that ended at an optimum left of its gradient, ``(p_block,)``.
+        """The gradient ``(p_block,)`` of what was minimised, which the formulas take as zero.
 
         Parameters
         ----------
@@ -152,73 +151,85 @@ class Link(ABC):
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """Take λ = dq/dx ``(p, k)``, over all parameters of the stage, through its training."""
 
-    @abstractmethod
-    def settings(self) -> tuple[object, ...]:
+    def settings(self) -> list[object]:
         """All that the link's answer depends on beside its stage and λ."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return [type(self).__name__, {name: named[name] for name in named if name != "stage"}]
 
 
-class _Solved(Link):
-    """A link whose parameters are a stationary point: one solve with the block of H."""
+class _Curved(Link):
+    """A link that knows its training by the curvature of J at the end of it."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        solver: Solver = MinRes(),  # noqa: B008 (frozen dataclass)
-        curvature: str = "hessian",
-    ) -> None:
-        super().__init__(stage)
-        if curvature not in CURVATURES:
-            raise ValueError(f"curvature must be one of {sorted(CURVATURES)}, not {curvature!r}")
-        self.solver, self.curvature = check_solver("solver", solver), curvature
+    curvature: str
 
-    @cached_property
+    def _check_curvature(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise ValueError(
+                f"curvature must be one of {sorted(CURVATURES)}, not {self.curvature!r}"
+            )
+
+    def _made(self, name: str, make: Callable[[], LinearOperator]) -> LinearOperator:
+        """An operator, made once as long as the stage's parameters stay what they are."""
+        at, known = self.stage.vector(), self.__dict__.setdefault("_operators", {})
+        if name not in known or not torch.equal(known[name][0], at):
+            known[name] = at, make()
+        return known[name][1]
+
+    @property
     def operator(self) -> LinearOperator:
         """H, the curvature of what is trained."""
-        return CURVATURES[self.curvature](self.stage, self.block)
+        return self._made("H", lambda: CURVATURES[self.curvature](self.stage, self.block))
 
-    @cached_property
-    def cross(self) -> CrossHessian:
+    @property
+    def cross(self) -> LinearOperator:
         """J_cx, of what is shared and stays as handed (rows) and what is trained."""
-        return CrossHessian(self.stage, self.kept, self.block)
+        return self._made("J_cx", lambda: CrossHessian(self.stage, self.held, self.block))
+
+    def _on_block(self, cotangent: Tensor) -> Tensor:
+        """The entries of what is trained, ``(p_block, k)``."""
+        return self.stage.parameters.take(cotangent, self.block)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Entries of what is trained among all parameters, ``(p, k)``."""
+        return self.stage.parameters.put(rows, self.block)
+
+    def _of_held(self, cotangent: Tensor, u: Tensor, asked: Asked) -> Tensor:
+        """λ_c − J_cx u on what stays as handed, zero on other shared parameters, ``(p_W, k)``."""
+        if not (self.held and asked.hand_back):
+            return torch.zeros_like(self.stage.split(cotangent)[0])
+        of_c = self.stage.parameters.take(cotangent, self.held) - self.cross @ u
+        return self.stage.split(self.stage.parameters.put(of_c, self.held))[0]
+
+    def _on_shared(self, rows: Tensor) -> Tensor:
+        """Of entries of what is trained those that are shared, zero on the others, ``(p_W, k)``."""
+        return self.stage.split(self._whole(rows))[0]
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the operators, whose graphs stay in their process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_operators"}
+
+
+class _Stationary(_Curved):
+    """A link whose trained parameters are a stationary point: one solve."""
+
+    solver: Solver
+
+    def __post_init__(self) -> None:
+        check_solver("solver", self.solver)
+        self._check_curvature()
 
     def slope(self, given: Tensor | None) -> Tensor:
         """∇J over what is trained."""
-        return self.stage.parameters.take(self.stage.gradient(), self.block)
+        return self._on_block(self.stage.gradient())
 
-    def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
-        """H u = λ; handed back is nothing of what is trained."""
-        u, reports = self._solution(cotangent, asked)
-        return self._pulled_back(cotangent, u, None, asked, reports)
-
-    def _solution(self, cotangent: Tensor, asked: Asked) -> tuple[Tensor, tuple[SolveReport, ...]]:
-        """U = H⁻¹ λ over the block, ``(p_block, k)``."""
-        right = self.stage.parameters.take(cotangent, self.block)
+    def _solve(self, cotangent: Tensor, asked: Asked) -> tuple[Tensor, tuple[SolveReport, ...]]:
+        right = self._on_block(cotangent)
         solution = self.solver.solve(self.operator, right, progress=asked.progress)
         return solution.x, (solution.report,)
 
-    def _pulled_back(
-        self,
-        cotangent: Tensor,
-        u: Tensor,
-        trained: Tensor | None,
-        asked: Asked,
-        reports: tuple[SolveReport, ...],
-    ) -> PulledBack:
-        """Hand back `trained` where that moves, and λ_c − J_cx u where nothing does."""
-        stage, put, take = self.stage, self.stage.parameters.put, self.stage.parameters.take
-        handed = torch.zeros_like(cotangent)
-        if asked.hand_back and trained is not None:
-            handed = handed + put(trained, self.block)
-        if asked.hand_back and self.kept:
-            handed = handed + put(take(cotangent, self.kept) - self.cross @ u, self.kept)
-        return PulledBack(stage.split(handed)[0], put(-u, self.block), None, reports)
 
-    def settings(self) -> tuple[object, ...]:
-        """Kind, solver, curvature."""
-        return type(self).__name__, self.solver, self.curvature
-
-
-class Optimum(_Solved):
+@dataclass(frozen=True, eq=False)
+class Optimum(_Stationary):
     """Trained to an optimum of its objective, wherever it began: x = argmin J(x).
 
         H u = λ,   I_i = −∇ℓ_iᵀ u                              (Koh & Liang 2017; the paper's eq. 8)
@@ -240,8 +251,19 @@ class Optimum(_Solved):
         `solver` is none.
     """
 
+    stage: Stage
+    solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
+    curvature: str = "hessian"
 
-class Frozen(_Solved):
+    def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
+        """H u = λ; nothing is handed back of what is trained."""
+        u, reports = self._solve(cotangent, asked)
+        handed = self._of_held(cotangent, u, asked)
+        return PulledBack(handed, self._whole(u), None, reports)
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen(_Stationary):
     """The shared parameters stay as handed, the rest is at its optimum: case 1 of the paper.
 
         J_ΘΘ u = λ_Θ,   handed back λ_W − J_WΘ u,   I_i = −∇_Θ ℓ_iᵀ u              (eqs. 9 to 11)
@@ -253,7 +275,7 @@ class Frozen(_Solved):
     solver
         For J_ΘΘ⁻¹.
     curvature
-        ``"hessian"``, or ``"gauss-newton"`` in its place.
+        Of J_ΘΘ: ``"hessian"``, or ``"gauss-newton"`` in its place.
 
     Raises
     ------
@@ -263,13 +285,24 @@ class Frozen(_Solved):
         `solver` is none.
     """
 
+    stage: Stage
+    solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
+    curvature: str = "hessian"
+
     @property
     def block(self) -> Block:
-        """Numbers of the parameters that are trained and not shared."""
+        """Numbers of the parameters of Θ that are trained; all of W stays."""
         return tuple(number for number in self.stage.trained if number in self.stage.own)
 
+    def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
+        """J_ΘΘ u = λ_Θ; handed back is λ_W − J_WΘ u."""
+        u, reports = self._solve(cotangent, asked)
+        handed = self._of_held(cotangent, u, asked)
+        return PulledBack(handed, self._whole(u), None, reports)
 
-class Proximal(_Solved):
+
+@dataclass(frozen=True, eq=False)
+class Proximal(_Stationary):
     """Pulled towards what it was handed: argmin α‖W − c‖² + J(W, Θ), case 2 of the paper.
 
         K u = λ,   K = H + 2α on W,   handed back 2α u_W,   I_i = −∇ℓ_iᵀ u        (eqs. 12 to 15)
@@ -293,32 +326,31 @@ class Proximal(_Solved):
         `solver` is none.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        alpha: float,
-        solver: Solver = MinRes(),  # noqa: B008 (frozen dataclass)
-        curvature: str = "hessian",
-    ) -> None:
-        if not 0 < alpha < float("inf"):
+    stage: Stage
+    alpha: float
+    solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
+    curvature: str = "hessian"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < float("inf"):
             raise ValueError(
-                f"alpha must be positive, not {alpha}: at 0 the finetuned model no "
+                f"alpha must be positive, not {self.alpha}: at 0 the finetuned model no "
                 "longer depends on the pretrained embedding in this formulation"
             )
-        self.alpha = alpha
-        super().__init__(stage, solver, curvature)
+        super().__post_init__()
 
-    @cached_property
+    @property
     def pull(self) -> Tensor:
         """2α where a shared parameter is trained, else 0, ``(p_block,)``."""
         pull = torch.zeros_like(self.stage.vector())
         pull[: self.stage.embedding_size] = 2 * self.alpha
-        return self.stage.parameters.take(pull, self.block)
+        return self._on_block(pull)
 
-    @cached_property
+    @property
     def operator(self) -> LinearOperator:
         """K = H + 2α on W."""
-        return AddDiagonal(CURVATURES[self.curvature](self.stage, self.block), self.pull)
+        curvature = CURVATURES[self.curvature]
+        return self._made("K", lambda: AddDiagonal(curvature(self.stage, self.block), self.pull))
 
     def slope(self, given: Tensor | None) -> Tensor:
         """∇(α‖W − c‖² + J) over what is trained."""
@@ -327,40 +359,42 @@ class Proximal(_Solved):
             return slope
         away = self.stage.vector()
         away[: len(given)] -= given
-        return slope + self.pull * self.stage.parameters.take(away, self.block)
+        return slope + self.pull * self._on_block(away)
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """K u = λ; handed back is 2α u_W."""
-        u, reports = self._solution(cotangent, asked)
-        return self._pulled_back(cotangent, u, self.pull[:, None] * u, asked, reports)
-
-    def settings(self) -> tuple[object, ...]:
-        """Kind, solver, curvature, α."""
-        return *super().settings(), self.alpha
+        u, reports = self._solve(cotangent, asked)
+        handed = self._on_shared(self.pull[:, None] * u) + self._of_held(cotangent, u, asked)
+        return PulledBack(handed, self._whole(u), None, reports)
 
 
-class Stopped(_Solved):
+@dataclass(frozen=True, eq=False)
+class Stopped(_Curved):
     """Gradient descent that ended after a time τ, its path not kept: the flow of a quadratic model.
 
         u = φ(H) λ,   φ(σ) = (1 − e^(−τσ))/σ for σ > 0, τ for σ ≤ 0
         handed back e^(−τH⁺) λ on W,   I_i = −∇ℓ_iᵀ u
 
     with H at the end of training and H⁺ without its negative eigenvalues. φ is bounded, so that
-    an indefinite H does no harm and no damping is needed (Bae et al. 2024 with one segment).
+    an indefinite H does no harm and no damping is needed (Bae et al. 2024 with one segment). An
+    optimiser that scales gradients by P takes the flow of P^½ H P^½ + δI; :meth:`of` reads all of
+    this off a path.
 
     Parameters
     ----------
     stage
         The stage where its training ended.
     time
-        τ, the sum of the learning rates, divided by 1 − μ for momentum μ: ``path.time``.
+        τ: for SGD with one rate the sum of the learning rates, divided by 1 − μ for momentum μ
+        (``path.time``).
     curvature
         ``"hessian"``, or ``"gauss-newton"`` in its place.
     scale
         P, by which the optimiser multiplies gradients, ``(p,)`` over all parameters: for Adam
-        1/(√v̂ + ε) at the end. The flow is then that of P^½ H P^½. None: 1.
+        1/(√v̂ + ε) at the end, and the factor of a parameter group's rate. None: 1.
     decay
-        Decoupled weight decay δ, added to P^½ H P^½.
+        δ: decoupled weight decay for each unit of τ, a number or ``(p,)``; of SGD with momentum
+        (1 − μ) times the optimiser's.
     tol, max_iterations
         Of Lanczos, see :func:`msif_lib.lanczos.functions_of`.
 
@@ -370,35 +404,33 @@ class Stopped(_Solved):
         A `time` or `scale` that is not positive, a negative `decay`; an unknown curvature.
     """
 
-    def __init__(
-        self,
-        stage: Stage,
-        time: float,
-        curvature: str = "hessian",
-        scale: Tensor | None = None,
-        decay: float = 0.0,
-        tol: float | None = None,
-        max_iterations: int | None = None,
-    ) -> None:
-        if not 0 < time < float("inf"):
-            raise ValueError(f"time must be positive and finite, not {time}")
-        if not 0 <= decay < float("inf"):
-            raise ValueError(f"decay must be zero or positive, not {decay}")
-        super().__init__(stage, curvature=curvature)
-        scale = torch.ones_like(stage.vector()) if scale is None else scale
-        if scale.shape != stage.vector().shape or not (scale > 0).all():
-            raise ValueError(f"scale must hold {stage.parameters.size} positive numbers")
-        self.time, self.scale, self.decay, self.tol = time, scale, decay, tol
-        self.max_iterations = max_iterations
+    stage: Stage
+    time: float
+    curvature: str = "hessian"
+    scale: Tensor | None = None
+    decay: float | Tensor = 0.0
+    tol: float | None = None
+    max_iterations: int | None = None
 
-    def slope(self, given: Tensor | None) -> None:  # type: ignore[override]
-        """None: nothing is assumed of the gradient."""
-        return
+    def __post_init__(self) -> None:
+        self._check_curvature()
+        if not 0 < self.time < float("inf"):
+            raise ValueError(f"time must be positive and finite, not {self.time}")
+        size, decay = self.stage.parameters.size, torch.as_tensor(self.decay)
+        if not ((decay >= 0) & decay.isfinite()).all() or decay.shape not in ((), (size,)):
+            raise ValueError(f"decay must be zero or positive, not {self.decay}")
+        if self.scale is not None and (self.scale.shape != (size,) or not (self.scale > 0).all()):
+            raise ValueError(f"scale must hold {size} positive numbers")
+
+    @classmethod
+    def of(cls, stage: Stage, path: Path, curvature: str = "hessian") -> Stopped:
+        """The flow of a recorded training's own optimiser: its τ, P and δ."""
+        scale, decay = path.flow(stage)
+        return cls(stage, path.time, curvature, scale, decay)
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
-        """Apply φ(H) for u and e^(−τH⁺) for what is handed back."""
-        tau, take = self.time, self.stage.parameters.take
-        root = take(self.scale, self.block).sqrt()[:, None]  # P^½
+        """u = φ(H) λ; handed back is e^(−τH⁺) λ on W."""
+        tau, scaled = self.time, self._scaled()
 
         def phi(sigma: Tensor) -> Tensor:
             positive = sigma > 0
@@ -408,65 +440,73 @@ class Stopped(_Solved):
         def flow(sigma: Tensor) -> Tensor:
             return torch.exp(-tau * sigma.clamp_min(0))
 
-        (u, trained), report = functions_of(
-            _Scaled(self.operator, root, self.decay),
-            root * take(cotangent, self.block),
+        root = scaled.root[:, None]  # P^½: u = P^½ φ(H̃) P^½ λ, back P^−½ e^(−τH̃⁺) P^½ λ
+        (u, left), report = functions_of(
+            scaled,
+            root * self._on_block(cotangent),
             (phi, flow),
             tol=self.tol,
             max_iterations=self.max_iterations,
             system=f"(1 − exp(−{tau:.4g} A))/A b",
             progress=asked.progress,
         )
-        return self._pulled_back(cotangent, root * u, trained / root, asked, (report,))
+        u = root * u
+        handed = self._on_shared(left / root) + self._of_held(cotangent, u, asked)
+        return PulledBack(handed, self._whole(u), None, (report,))
 
-    def settings(self) -> tuple[object, ...]:
-        """Kind, curvature, τ, P, δ, and how far Lanczos goes."""
-        return (
-            type(self).__name__, self.curvature, self.time, self.scale, self.decay, self.tol,
-            self.max_iterations,
-        )  # fmt: skip
-
-
-class _Scaled:
-    """P^½ H P^½ + δI."""
-
-    def __init__(self, operator: LinearOperator, root: Tensor, decay: float) -> None:
-        self._operator, self._root, self._decay = operator, root, decay
-        self.shape = operator.shape
-
-    def __matmul__(self, columns: Tensor) -> Tensor:
-        product = self._root * (self._operator @ (self._root * columns))
-        return product + self._decay * columns
+    def _scaled(self) -> Scaled:
+        """H̃ = P^½ H P^½ + δI of what is trained."""
+        ones = torch.ones_like(self.stage.vector())
+        scale = ones if self.scale is None else self.scale.to(ones)
+        return Scaled(
+            self.operator,
+            self._on_block(scale).sqrt(),
+            self._on_block(ones * torch.as_tensor(self.decay).to(ones)),
+        )
 
 
+@dataclass(frozen=True, eq=False)
 class Unrolled(Link):
     """The training that was run, step by step: exact, whether it converged or not.
 
-    λ goes back through the steps of the path, as :func:`msif_lib.descent.pull_back` says.
+    λ goes back through the steps of the path (:func:`msif_lib.descent.pull_back`). With λ_g the
+    cotangent of a step's gradient, taken at the parameters x_t of that step,
+
+        I_i = N Σ_t ∇ℓ_iᵀ λ_g / B  over the steps that drew example i,   handed back λ at the start,
+
+    and I = Σ_t ∇ℓ(z)ᵀ λ_g for an example z outside the training set.
 
     Parameters
     ----------
     stage
         The stage.
     path
-        Its recorded training, from :func:`msif_lib.descent.descend` or ``Path.record``.
+        Its recorded training, from :func:`msif_lib.training.descend` or ``Path.record``.
 
     Raises
     ------
     ValueError
-        The path is that of another model.
+        The path is that of another model, or moved other parameters than the stage trains.
     """
 
-    reads_modules = False
+    stage: Stage
+    path: Path
 
-    def __init__(self, stage: Stage, path: Path) -> None:
-        super().__init__(stage)
-        if len(path.start) != stage.parameters.size:
+    reads_modules: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        size = self.stage.parameters.size
+        if len(self.path.start) != size:
             raise ValueError(
-                f"path: a training of {len(path.start)} parameters is not one of this stage, which "
-                f"has {stage.parameters.size}"
+                f"path: a training of {len(self.path.start)} parameters is not one of this stage, "
+                f"which has {size}"
             )
-        self.path = path
+        moved, trained = self.path.moved, self.stage.parameters.count(self.stage.trained)
+        if moved not in (None, trained):
+            raise ValueError(
+                f"path moved {moved} parameters, and the stage trains {trained}; say with trained= "
+                "what the recorded training moved"
+            )
 
     def vector(self) -> Tensor:
         """Where the path ends."""
@@ -477,16 +517,8 @@ class Unrolled(Link):
         return self.path.start
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
-        """The adjoint recursion; handed back is λ at the start."""
+        """The adjoint of each step, backwards; handed back is λ at the start."""
         back = pull_back(self.stage, self.path, cotangent, asked.of, asked.progress, asked.keep)
-        # An example of the training set is drawn with weight 1/B, another has weight 1 a step.
+        handed = self.stage.split(back.handed)[0]  # its head began anew
         scores = back.derivatives * (self.stage.size if asked.of is None else 1)
-        return PulledBack(self.stage.split(back.handed)[0], None, scores)
-
-    def settings(self) -> tuple[object, ...]:
-        """Kind and path."""
-        path = self.path
-        return (
-            type(self).__name__, path.start, path.end, list(path.batches), path.learning_rates,
-            path.optimiser, path.noise_seed, path.augment,
-        )  # fmt: skip
+        return PulledBack(handed, None, scores)

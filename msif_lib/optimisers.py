@@ -62,6 +62,10 @@ class Optimiser(ABC):
         """How much longer a step lasts than its learning rate says: 1/(1 − μ) for momentum μ."""
 
     @abstractmethod
+    def scaling(self, state: State) -> Tensor | float:
+        """P, by which gradients are multiplied in a step from a state, ``(p_T,)`` or a number."""
+
+    @abstractmethod
     def begin(self, x: Tensor) -> State:
         """The state before the first step from parameters `x`."""
 
@@ -74,7 +78,7 @@ class Optimiser(ABC):
         state
             The state before, for one model or with a leading dimension of models.
         gradient
-            Of the batch's objective, clipped, of the shape of ``state.x``.
+            Of the batch's objective, clipped but for l2 x, of the shape of ``state.x``.
         rate, decay
             η and δ, numbers or vectors ``(p_T,)``.
         """
@@ -212,6 +216,10 @@ class SGD(Optimiser):
         """1/(1 − μ)."""
         return 1 / (1 - self.momentum)
 
+    def scaling(self, state: State) -> float:
+        """1."""
+        return 1.0
+
     def begin(self, x: Tensor) -> State:
         """Parameters with a momentum of zero."""
         return State(x, (torch.zeros_like(x),) if self.momentum else (), 0)
@@ -297,6 +305,10 @@ class AdamW(Optimiser):
     def slowness(self) -> float:
         """1: a mean of gradients moves as far as a gradient."""
         return 1.0
+
+    def scaling(self, state: State) -> Tensor:
+        """1/(√v̂ + ε)."""
+        return 1 / ((state.buffers[1] / (1 - self.betas[1] ** state.step)).sqrt() + self.eps)
 
     def begin(self, x: Tensor) -> State:
         """Parameters with both moments zero."""

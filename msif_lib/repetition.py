@@ -48,11 +48,18 @@ def in_double(link: Link) -> Solved | Unrolled:
     Raises
     ------
     ValueError
-        The link is an approximation, without a training that could be done again.
+        The link is an approximation, without a training that could be done again; a training
+        that drew noise in another precision than float64.
     """
     stage = link.stage.to(torch.float64)
     if isinstance(link, Unrolled):
         path, double = link.path, torch.float64
+        if path.noise_seed is not None and path.start.dtype != double:
+            raise ValueError(
+                "a recorded training that draws (noise_seed=) draws other numbers in float64, in "
+                f"which it would be run again, than in {path.start.dtype}: it would be another "
+                "training; record it in float64, by stage.to(torch.float64)"
+            )
         start, end = path.start.to(stage.device, double), path.end.to(stage.device, double)
         return Unrolled(stage, replace(path, start=start, end=end, states={}))
     if isinstance(link, Proximal):
@@ -161,7 +168,7 @@ class Minimised(Repetition):
         if handed is None:
             return vectors
         stage = self.link.stage
-        taken = self.link.kept
+        taken = self.link.held
         if self.cold and isinstance(self.link, Proximal):
             taken = stage.shared
         given = stage.parameters.take(_with_shared(vectors, handed).T, taken)

@@ -192,6 +192,7 @@ def retrain_without(
     settings: RetrainingSettings = RetrainingSettings(),
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    **unknown: object,
 ) -> Retraining:
     """Leave sets of examples out of a stage, train it and what follows again, measure test losses.
 
@@ -245,7 +246,8 @@ def retrain_without(
     FloatingPointError
         A recorded training with these weights diverged.
     """
-    _check_chain(chain, stage)
+    _check_call(chain, unknown)
+    _check_chain(chain, stage, settings)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
     size, name = chain.links[stage].stage.size, chain.names[stage]
@@ -264,7 +266,7 @@ def retrain_without(
     results = [kept.get(name) for name in names]
     missing = [number for number, result in enumerate(results) if result is None]
     if missing and settings.cold_start is None:
-        trainings.precondition(kept, settings.first_hessian if stage == 0 else None)
+        trainings.precondition(kept, settings.first_hessian)
     bar = tqdm(
         total=sum(map(len, work)), desc=f"retraining{trainings.cost}", unit=" models",
         disable=not progress, delay=0 if trainings.cost else 1, leave=False,
@@ -469,18 +471,28 @@ def _double(test: Batch, device: torch.device) -> Batch:
     return inputs, targets
 
 
-def _check_chain(chain: Chain, stage: int) -> None:
-    if not isinstance(chain, Chain):
+def _check_call(chain: Chain, unknown: dict[str, object]) -> None:
+    """Show the call to those who give two stages, and what was an argument and is a link now."""
+    if not isinstance(chain, Chain) or unknown:
+        given = f"not {sorted(unknown)}" if unknown else f"not a {type(chain).__name__}"
         raise TypeError(
-            f"retrain_without takes a chain of links, not a {type(chain).__name__}: "
+            f"retrain_without takes a chain of links, {given}: "
             "retrain_without(Chain([Optimum(pretrain), Frozen(finetune)]), removals, test) for "
             "case 1, Proximal(tuned, alpha) in place of Frozen for case 2; Chain is in msif_lib, "
             "links are in msif_lib.links, and how it runs is said by settings=RetrainingSettings()"
         )
+
+
+def _check_chain(chain: Chain, stage: int, settings: RetrainingSettings) -> None:
     count = len(chain.links)
     if not isinstance(stage, int) or not 0 <= stage < count:
         raise ValueError(
             f"stage must be the number of a stage of the chain, 0..{count - 1}, not {stage!r}"
+        )
+    if stage and settings.first_hessian is not None:
+        raise ValueError(
+            "first_hessian is of the first link, which stays as it is where examples of stage "
+            f"{stage} are left out; leave it out"
         )
     if any(len(link.stage.reader.share) != link.stage.size for link in chain.links):
         raise ValueError(

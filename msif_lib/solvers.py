@@ -138,8 +138,8 @@ class Solver(ABC):
     _warns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping must be zero or positive, not {self.damping}")
+        if isinstance(self.damping, str) or not 0 <= self.damping < float("inf"):
+            raise ValueError(f"damping must be zero or positive, not {self.damping!r}")
 
     def __call__(self, operator: Operator, b: Tensor, *, progress: bool = False) -> Solution:
         """The same as :meth:`solve`."""

@@ -25,7 +25,7 @@ from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer
-from msif_lib.support.parameters import Block, matching
+from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probes import Capabilities
 from msif_lib.support.reader import Reader
 
@@ -178,7 +178,9 @@ class Stage(Model):
         mapping = dict(shared) if isinstance(shared, Mapping) else None
         names = [name for name, _ in model.named_parameters()]
         patterns = list(shared) if isinstance(shared, Mapping) else shared
-        stage._set_model(model, matching(names, patterns, "shared"), trained, mapping)
+        stage._set_model(
+            model, matching(names, patterns, "shared", aliases_of(model)), trained, mapping
+        )
         stage._set_data(data, weights, check)
         return stage
 
@@ -398,6 +400,7 @@ class Stage(Model):
         other._set_data((inputs, targets), self.weights if self.weighted else None, False, reader)
         return other
 
-    def identity(self) -> list[Any]:
-        """What a stage is known by in results that are kept: its parts, and its values."""
-        return identity_of(self, self.examples, isinstance(self.data, list | tuple), self.weights)
+    def identity(self, at: Tensor | None = None) -> list[Any]:
+        """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
+        theta, in_memory = self.vector() if at is None else at, isinstance(self.data, list | tuple)
+        return identity_of(self, theta, self.examples, in_memory, self.weights)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler
 
 from msif_lib.optimisers import Optimiser, Rate, State, clipped
 from msif_lib.stage import Stage
+from msif_lib.support.checks import check_modes
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.functional import (
     GraphNotCountable,
@@ -35,7 +36,7 @@ from msif_lib.support.functional import (
 Augment = Callable[[Nested], Nested]
 
 
-class Batches(Sampler[list[int]]):
+class Batches(BatchSampler):
     """Batches of an epoch in random order, which remember what they gave.
 
     To be given to a ``DataLoader`` as its ``batch_sampler``: each iteration is an epoch, draws
@@ -160,8 +161,6 @@ class Steps:
         self._check()
         self.learning_rates = _one_a_step(learning_rates, optimiser.lr, len(batches))
         self._scale, self.decay = optimiser.rates(stage)
-        # The l2 term has a derivative that needs no graph.
-        self._l2 = stage.l2 if stage.regularizer is None else 0.0
         self._constants = stage.parameters.views(vector.detach())
         self._shapes = [self._constants[number].shape for number in stage.trained]
         self.fixed = tuple(number for number in stage.shared if number not in stage.trained)
@@ -188,6 +187,8 @@ class Steps:
                     f"batches[{step}] has an index outside the {self.stage.size} examples of the "
                     "stage"
                 )
+        if self.noise_seed is None:
+            check_modes(self.stage.model)
         for name, module in self.stage.model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
                 raise ValueError(
@@ -243,12 +244,13 @@ class Steps:
     def _objective(
         self, parts: list[Tensor], weights: Tensor, inputs: Nested, targets: Nested
     ) -> Tensor:
-        """J_b, without the l2 term where that is all of R."""
+        """J_b without its l2 term, whose derivative needs no graph."""
         if self.augment is not None:
             inputs = self.augment(inputs)
         losses = self.stage.batch_losses(parts, inputs, targets)
         value = weights @ losses / len(losses)
-        return value if self.stage.regularizer is None else value + self.stage.penalty(parts)
+        regularizer = self.stage.regularizer
+        return value if regularizer is None else value + regularizer(self.stage.named(parts))
 
     def _weights(self, step: int, weights: Tensor) -> Tensor:
         return weights[..., self.batches[step].to(weights.device)]
@@ -256,7 +258,7 @@ class Steps:
     def gradient(
         self, x: Tensor, step: int, vector: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """∇J_b ``(p_T,)``, with other parameters c ``(p,)`` and weights ``(N,)`` if given."""
+        """∇J_b ``(p_T,)`` without l2 x, at other c ``(p,)`` or weights ``(N,)`` if given."""
         leaves = self._leaves(x)
         constants = self._constants if vector is None else self.stage.parameters.views(vector)
         parts = _replaced(constants, self.stage.trained, leaves)
@@ -265,10 +267,10 @@ class Steps:
         with self._noise(step):
             value = self._objective(parts, w, *batch)
         slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-        return self._flat(slopes, x)
+        return _flat(slopes)
 
     def gradients(self, x: Tensor, vectors: Tensor, weights: Tensor, step: int) -> Tensor:
-        """∇J_b ``(R, p_T)`` of R models with parameters c ``(R, p)`` and weights ``(R, N)``."""
+        """The same ``(R, p_T)`` of R models with c ``(R, p)`` and weights ``(R, N)``."""
         if not self.vectorised:
             each = zip(x, vectors, weights)
             return torch.stack([self.gradient(row, step, *others) for row, *others in each])
@@ -281,11 +283,10 @@ class Steps:
 
         with self._noise(step):
             w = self._weights(step, weights)
-            slopes = vmap(grad(objective), randomness="same")(x, vectors, w)
-        return slopes + self._l2 * x
+            return vmap(grad(objective), randomness="same")(x, vectors, w)
 
     def linearised(self, x: Tensor, step: int) -> tuple[Tensor, Linearised]:
-        """∇J_b ``(p_T,)``, and what a cotangent of it is pulled back to by the same graph."""
+        """The same, and what a cotangent of it is pulled back to by the same graph."""
         leaves = self._leaves(x)
         fixed = [self._constants[number].detach().requires_grad_() for number in self.fixed]
         weights = self._weights(step, self.stage.weights).requires_grad_()
@@ -297,7 +298,7 @@ class Steps:
         slopes = torch.autograd.grad(
             value, leaves, create_graph=True, allow_unused=True, materialize_grads=True
         )
-        gradient = self._flat([slope.detach() for slope in slopes], x)
+        gradient = _flat([slope.detach() for slope in slopes])
         return gradient, Linearised(self, slopes, leaves, fixed, weights)
 
     def require_second_derivatives(self) -> None:
@@ -314,9 +315,13 @@ class Steps:
             weights = self._weights(0, self.stage.weights)
             require_second_derivatives(self._objective(parts, weights, *self.examples(0)))
 
-    def _flat(self, slopes: Sequence[Tensor], x: Tensor) -> Tensor:
-        gradient = torch.cat([slope.reshape(-1) for slope in slopes])
-        return gradient.add_(x, alpha=self._l2) if self._l2 else gradient
+    def ruled(self, slopes: Tensor, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the rule of a step takes, and the adjoint of the clipping in it.
+
+        The slopes are clipped and l2 x is added after that, as torch.optim adds weight decay.
+        """
+        shortened, adjoint = clipped(slopes, self.optimiser.clip)
+        return shortened + self.stage.l2 * x if self.stage.l2 else shortened, adjoint
 
     # --- the steps themselves ---------------------------------------------------------------
 
@@ -336,8 +341,8 @@ class Steps:
             state = self.taken(state, self.gradient(state.x, state.step))
             yield state
 
-    def taken(self, state: State, gradient: Tensor) -> State:
-        """The state after one step, given ∇J_b ``(p_T,)`` before it.
+    def taken(self, state: State, slopes: Tensor) -> State:
+        """The state after one step, given :meth:`gradient` before it.
 
         Raises
         ------
@@ -345,7 +350,7 @@ class Steps:
             The step leads out of the finite numbers.
         """
         step = state.step
-        gradient, _ = clipped(gradient, self.optimiser.clip)
+        gradient, _ = self.ruled(slopes, state.x)
         state = self.optimiser.step(state, gradient, self.rate(step), self.decay)
         if not state.x.sum().isfinite():
             raise FloatingPointError(
@@ -384,7 +389,7 @@ class Linearised:
         self._slopes = [slopes[index] for index in self._reached]
 
     def pull_back(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """∇²J_b λ_g ``(k, p_T)``, ∂²J_b/∂c∂x λ_g ``(k, p_c)`` and ∇ℓ_iᵀ λ_g/B ``(k, B)``."""
+        """∇²J_b λ_g ``(k, p_T)`` but for l2, ∂²J_b/∂c∂x λ_g ``(k, p_c)``, ∇ℓ_iᵀλ_g/B ``(k, B)``."""
         if self._steps.vectorised and len(rows) > 1:
             # Not `is_grads_batched`: the older vmap behind it takes many operations one by one.
             blocks = vmap(self._each)(self._steps.split(rows))
@@ -392,10 +397,8 @@ class Linearised:
             each = [self._each(self._steps.split(row)) for row in rows]
             blocks = tuple(torch.stack(parts) for parts in zip(*each))
         *flat, by_weight = (block.reshape(len(rows), -1) for block in blocks)
-        product = torch.cat(flat[: self._trained], 1)
-        if self._steps._l2:
-            product.add_(rows, alpha=self._steps._l2)
-        return product, torch.cat([rows[:, :0], *flat[self._trained :]], 1), by_weight
+        product, mixed = flat[: self._trained], flat[self._trained :]
+        return torch.cat(product, 1), torch.cat([rows[:, :0], *mixed], 1), by_weight
 
     def _each(self, cotangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
@@ -406,6 +409,10 @@ class Linearised:
             allow_unused=True,
             materialize_grads=True,
         )
+
+
+def _flat(slopes: Sequence[Tensor]) -> Tensor:
+    return torch.cat([slope.reshape(-1) for slope in slopes])
 
 
 def _rows(leaf: Tensor, indices: Tensor, device: torch.device) -> Tensor:

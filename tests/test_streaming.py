@@ -179,7 +179,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     influence = start()
     solved = dict(influence._back(influence._call(mlp.test_data, True, None, None)))
     for number, link in enumerate(influence.links):
-        monkeypatch.setattr(link, "pull_back", lambda *args, one=solved[number]: one)
+        monkeypatch.setattr(type(link), "pull_back", lambda *args, one=solved[number]: one)
     examples.read.clear()
     known = 2 * 16  # read for two fingerprints; one more example to try vmap with; then the sweep
     examples.strength = known + 1 + 18

@@ -179,8 +179,8 @@ class ShardedReader(Reader):
         """The processes must hold the same stage."""
         if len(set(self._all_said(digest()))) > 1:
             raise ValueError(
-                "the processes hold different stages: parameters, number of examples, first and "
-                "last example must be the same in all; seed or load them alike before shard()"
+                "the processes hold different stages: parameters, number of examples, weights, "
+                "settings and data must be the same in all; seed or load them alike before shard()"
             )
 
 

@@ -77,7 +77,7 @@ def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     """
     if weights is None:
         return torch.ones(size, dtype=like.dtype, device=like.device)
-    weights = torch.as_tensor(weights).detach().to(like)
+    weights = torch.as_tensor(weights).detach().clone().to(like)
     if tuple(weights.shape) != (size,):
         raise ValueError(
             f"weights must hold one number for each of the {size} examples, not shape "
@@ -239,9 +239,7 @@ class DataCheck:
             outputs = self._model(inputs)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             shapes = [tuple(leaf.shape) for leaf in leaves(inputs)]
-            raise ValueError(
-                f"head(embedding(inputs)) fails on inputs of shape {shapes}: {error}"
-            ) from error
+            raise ValueError(f"the model fails on inputs of shape {shapes}: {error}") from error
         _check_classes(outputs, targets, start)
         try:
             losses = self._loss(outputs, targets)

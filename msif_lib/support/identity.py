@@ -15,7 +15,9 @@ from msif_lib.support.model import Model
 _KNOWN_BY = 16
 
 
-def identity_of(model: Model, examples: Examples, in_memory: bool, weights: Tensor) -> list[Any]:
+def identity_of(
+    model: Model, theta: Tensor, examples: Examples, in_memory: bool, weights: Tensor
+) -> list[Any]:
     """All that results depend on, to be hashed.
 
     Parameters and buffers, modules in words, settings, weights, number of examples; of data in
@@ -27,10 +29,12 @@ def identity_of(model: Model, examples: Examples, in_memory: bool, weights: Tens
     ----------
     model, examples, weights
         What a stage is made of.
+    theta
+        Its parameters ``(p,)``.
     in_memory
         Whether all examples are at hand.
     """
-    theta, size = model.vector(), len(examples)
+    size = len(examples)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(len(theta), generator=generator, dtype=torch.float64)
     points = [model.parameters.views(at) for at in (theta, theta + 0.1 * noise.to(theta))]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from msif_lib.support.checks import check_modes, check_parameters
 from msif_lib.support.data import Nested
 from msif_lib.support.functional import PureModule, differentiable_kernels
-from msif_lib.support.parameters import Block, Parameters, matching
+from msif_lib.support.parameters import Block, Parameters, aliases_of, matching
 
 Loss = Callable[[Any, Any], Tensor]
 Regularizer = Callable[[dict[str, Tensor]], Tensor]
@@ -181,7 +181,7 @@ class Model:
         ValueError
             A pattern fits none; the message begins with `argument`.
         """
-        chosen = set(matching(self.names, patterns, argument))
+        chosen = set(matching(self.names, patterns, argument, aliases_of(self.model)))
         return tuple(number for number, name in enumerate(self.names) if name in chosen)
 
     # --- the model as pure functions of the parameters --------------------------------------
@@ -218,8 +218,12 @@ class Model:
         if self.l2:
             value = value + 0.5 * self.l2 * sum(part.square().sum() for part in parts)
         if self.regularizer is not None:
-            value = value + self.regularizer(dict(zip(self.names, parts, strict=True)))
+            value = value + self.regularizer(self.named(parts))
         return value
+
+    def named(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Parameters by their names."""
+        return dict(zip(self.names, parts, strict=True))
 
     def outputs(self, w: Tensor, h: Tensor, inputs: Nested) -> Any:
         """The model's outputs at shared parameters `w` ``(p_W,)`` and own ones `h` ``(p_U,)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
@@ -14,8 +14,15 @@ from torch import Tensor, nn
 Block = tuple[int, ...]
 
 
-def matching(names: Iterable[str], patterns: str | Sequence[str], argument: str) -> list[str]:
-    """The names that one of the shell patterns fits.
+def matching(
+    names: Iterable[str],
+    patterns: str | Sequence[str],
+    argument: str,
+    aliases: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The names that one of the shell patterns fits, by themselves or by another name they have.
+
+    `aliases` maps the other names of tied parameters to those in `names`.
 
     Raises
     ------
@@ -23,11 +30,21 @@ def matching(names: Iterable[str], patterns: str | Sequence[str], argument: str)
         A pattern fits no name; the message begins with `argument`.
     """
     names = list(names)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    all_names = {name: name for name in names} | dict(aliases or {})
+    wanted, chosen = [patterns] if isinstance(patterns, str) else list(patterns), set()
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        fitting = {all_names[name] for name in all_names if fnmatchcase(name, pattern)}
+        if not fitting:
             raise ValueError(f"{argument}: no parameter is called {pattern!r}; there are {names}")
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+        chosen |= fitting
+    return [name for name in names if name in chosen]
+
+
+def aliases_of(module: nn.Module) -> dict[str, str]:
+    """The other names of parameters that a module holds more than once, with their first names."""
+    first = {parameter: name for name, parameter in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[parameter] for name, parameter in every if name != first[parameter]}
 
 
 class Parameters:
