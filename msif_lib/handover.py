@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp
 
-from msif_lib.links import Frozen, Link
+from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
+from msif_lib.support.notices import warn_caller
 from msif_lib.support.parameters import Block
 
 # Examples whose gradients give the size that a stage's own gradient is held against.
@@ -195,3 +197,51 @@ def gradient_size(link: Link) -> float:
     )
     squares = part.reader.gather(blocks, stage.vector()[:0]) * stage.weights[list(some)].square()
     return float(squares.mean().sqrt())
+
+
+def check_continuity(
+    links: Sequence[Link], hand_overs: Sequence[HandOver], names: Sequence[str]
+) -> None:
+    """Each stage trains something, hands on what was trained, and began where the last one ended.
+
+    Raises
+    ------
+    ValueError
+        It is not so; the message names the stage and the mend.
+    """
+    for link, name in zip(links, names):
+        if not link.block:
+            stage, what = link.stage, "no parameter is trained"
+            if isinstance(link, Frozen):
+                what = "all parameters are shared" if stage.trained else what
+            if stage.composed and not stage.head_size:
+                what = f"{name}.head has no parameters"
+            raise ValueError(
+                f"{what}, so {type(link).__name__} has nothing to train in {name}; say what "
+                "was trained with trained=, and what is shared with shared="
+            )
+    if hand_overs and not hand_overs[0].moves(links[0].block):
+        raise ValueError(
+            f"{names[0]}: nothing that it hands on to {names[1]} is trained (by trained=, or "
+            "no gradient is required); say what was trained with trained="
+        )
+    if isinstance(links[0], Proximal):
+        raise ValueError(
+            f"{names[0]}: a first stage is handed nothing to be pulled towards; its link is "
+            "Optimum, or Unrolled (a regularizer= of the stage can hold a pull of its own)"
+        )
+    check_modules(links, names)
+    for over, pair, called in zip(hand_overs, pairwise(links), pairwise(names)):
+        check_start(over, *pair, *called)
+        _say_where_cut(pair[1], called[1])
+
+
+def _say_where_cut(link: Link, name: str) -> None:
+    """An optimum that trains all that it was handed forgets it: nothing goes further back."""
+    if isinstance(link, Optimum) and not link.held:
+        warn_caller(
+            f"{name} is an Optimum that trains all that it was handed, and an optimum forgets "
+            "where training began: the scores of every stage before it are zero. If yours did not "
+            "forget, say how with Proximal or Unrolled",
+            UserWarning,
+        )

@@ -17,7 +17,7 @@ through one link after the other (:mod:`msif_lib.links`). The three names of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.handover import HandOver, check_modules, check_start, gradient_size
-from msif_lib.kept import Kept, file_of
+from msif_lib.handover import HandOver, check_continuity, gradient_size
+from msif_lib.kept import Kept, check_known, file_of
 from msif_lib.links import (
     Asked,
     Frozen,
@@ -108,7 +108,7 @@ class Chain:
         self._hand_overs = [
             HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
         ]
-        self._check_continuity(names)
+        check_continuity(self.links, self._hand_overs, names)
         given: list[Tensor | None] = [
             None, *(over.value(link.vector()) for over, link in zip(self._hand_overs, self.links))
         ]  # fmt: skip
@@ -131,35 +131,6 @@ class Chain:
         if len(self.links) != 2:
             return tuple(f"stage {number}" for number in range(len(self.links)))
         return "pretrain", "tuned" if isinstance(self.links[1], Proximal) else "finetune"
-
-    # --- checks -----------------------------------------------------------------------------
-
-    def _check_continuity(self, names: Sequence[str]) -> None:
-        for link, name in zip(self.links, names):
-            if not link.block:
-                stage, what = link.stage, "no parameter is trained"
-                if isinstance(link, Frozen):
-                    what = "all parameters are shared" if stage.trained else what
-                if stage.composed and not stage.head_size:
-                    what = f"{name}.head has no parameters"
-                raise ValueError(
-                    f"{what}, so {type(link).__name__} has nothing to train in {name}; say what "
-                    "was trained with trained=, and what is shared with shared="
-                )
-        if self._hand_overs and not self._hand_overs[0].moves(self.links[0].block):
-            raise ValueError(
-                f"{names[0]}: nothing that it hands on to {names[1]} is trained (by trained=, or "
-                "no gradient is required); say what was trained with trained="
-            )
-        if isinstance(self.links[0], Proximal):
-            raise ValueError(
-                f"{names[0]}: a first stage is handed nothing to be pulled towards; its link is "
-                "Optimum, or Unrolled (a regularizer= of the stage can hold a pull of its own)"
-            )
-        check_modules(self.links, names)
-        for over, pair, called in zip(self._hand_overs, pairwise(self.links), pairwise(names)):
-            check_start(over, *pair, *called)
-            _say_where_cut(pair[1], called[1])
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -299,14 +270,6 @@ class Chain:
             )
             for number, data in chosen.items()
         }
-        if folder is not None:
-            for link in self.links:
-                solver = getattr(link, "solver", None)
-                if solver is not None and not is_dataclass(solver):
-                    raise ValueError(
-                        "out: what is kept must know its solver by its settings, and "
-                        f"{type(solver).__name__} is no dataclass; make it one, or leave out= out"
-                    )
         kept = None if folder is None else Kept(folder, self._keys(test, per_test, scored))
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
 
@@ -351,6 +314,8 @@ class Chain:
 
     def _keys(self, test: Batch, per_test: bool, scored: Mapping[int, Stage]) -> list[str]:
         """Of each link, all that its answer depends on: itself and what came after it."""
+        for link in self.links:
+            check_known(link)
         tested = self._last().with_data(test, "test data", check=False)
         after = fingerprint(per_test, list(tested.examples.batches(1)))
         keys: list[str] = []
@@ -442,17 +407,6 @@ def _checked(cotangent: Tensor, last: Stage) -> Tensor:
             f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
         )
     return cotangent
-
-
-def _say_where_cut(link: Link, name: str) -> None:
-    """An optimum that trains all that it was handed forgets it: nothing goes further back."""
-    if isinstance(link, Optimum) and not link.held:
-        warn_caller(
-            f"{name} is an Optimum that trains all that it was handed, and an optimum forgets "
-            "where training began: the scores of every stage before it are zero. If yours did not "
-            "forget, say how with Proximal or Unrolled",
-            UserWarning,
-        )
 
 
 def _require_stationary(link: Link, norm: float, name: str, tolerance: float) -> None:

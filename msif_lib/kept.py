@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from msif_lib.descent import Keep
-from msif_lib.links import PulledBack
+from msif_lib.links import Link, PulledBack
 from msif_lib.solvers import Identity, SolveReport, SolverWarning
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.notices import warn_caller
@@ -21,6 +21,22 @@ from msif_lib.support.storage import begun, kept
 def file_of(folder: Path, number: int) -> Path:
     """Where the scores of a stage are written."""
     return folder / f"stage-{number}.npy"
+
+
+def check_known(link: Link) -> None:
+    """Refuse a solver of the user's own that nothing tells from another one.
+
+    Raises
+    ------
+    ValueError
+        It is no dataclass, so that its settings cannot be read.
+    """
+    solver = getattr(link, "solver", None)
+    if solver is not None and not is_dataclass(solver):
+        raise ValueError(
+            "out: what is kept must know its solver by its settings, and "
+            f"{type(solver).__name__} is no dataclass; make it one, or leave out= out"
+        )
 
 
 class Kept:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from msif_lib.support.checks import DataCheck, checked_weights
+from msif_lib.support.checks import DataCheck, check_settings, checked_weights
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import identity_of
@@ -66,8 +66,7 @@ class Stage(Model):
     loss
         ``loss(outputs, targets)`` returns per-example losses ``(B,)``.
     data
-        A pair ``(inputs, targets)`` of (nested) tensors, a map-style ``Dataset`` or a
-        ``DataLoader``. Scores come in the order of `data`.
+        A pair ``(inputs, targets)`` of (nested) tensors, a map-style ``Dataset`` or a loader.
     l2
         Weight decay: adds l2/2 ‖parameters‖² to the objective.
     batch_size
@@ -193,12 +192,7 @@ class Stage(Model):
         memory_budget: int | None,
         hands_on: HandsOn | None,
     ) -> None:
-        if not 0 <= l2 < float("inf"):
-            raise ValueError(f"l2 must be zero or positive, not {l2}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if memory_budget is not None and memory_budget < 1:
-            raise ValueError(f"memory_budget must be at least 1 byte, not {memory_budget}")
+        check_settings(l2, batch_size, memory_budget)
         self.loss, self.l2, self.batch_size = loss, l2, batch_size
         self.regularizer, self.memory_budget, self.hands_on = regularizer, memory_budget, hands_on
 
@@ -402,5 +396,5 @@ class Stage(Model):
 
     def identity(self, at: Tensor | None = None) -> list[Any]:
         """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
-        theta, in_memory = self.vector() if at is None else at, isinstance(self.data, list | tuple)
-        return identity_of(self, theta, self.examples, in_memory, self.weights)
+        at, in_memory = self.vector() if at is None else at, isinstance(self.data, list | tuple)
+        return identity_of(self, at, self.examples, in_memory, self.weights)

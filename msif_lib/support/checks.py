@@ -67,6 +67,22 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
                 )
 
 
+def check_settings(l2: float, batch_size: int, memory_budget: int | None) -> None:
+    """Settings of a stage within their ranges.
+
+    Raises
+    ------
+    ValueError
+        One is not; the message names it.
+    """
+    if not 0 <= l2 < float("inf"):
+        raise ValueError(f"l2 must be zero or positive, not {l2}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if memory_budget is not None and memory_budget < 1:
+        raise ValueError(f"memory_budget must be at least 1 byte, not {memory_budget}")
+
+
 def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     """The weights of `size` examples, 1 where there are none, in dtype and on device of `like`.
 
