@@ -481,7 +481,7 @@ class Unrolled(Link):
     stage
         The stage.
     path
-        Its recorded training, from :func:`msif_lib.training.descend` or ``Path.record``.
+        Its recorded training, from :func:`msif_lib.descent.descend` or ``Path.record``.
 
     Raises
     ------
@@ -507,6 +507,13 @@ class Unrolled(Link):
                 f"path moved {moved} parameters, and the stage trains {trained}; say with trained= "
                 "what the recorded training moved"
             )
+        way = self.path.end - self.path.start
+        for number in set(self.stage.parameters.all) - set(self.stage.trained):
+            if self.stage.parameters.take(way, (number,)).any():
+                raise ValueError(
+                    f"path moved {self.stage.names[number]}, which the stage does not train; say "
+                    "with trained= what the recorded training moved"
+                )
 
     def vector(self) -> Tensor:
         """Where the path ends."""

@@ -5,7 +5,7 @@ In the folder of a call stand, for its stage number k,
     stage-k.npy                the scores
     stage-k.npy.solution.pt    the solved right-hand sides and the reports of their solves
     stage-k.npy.progress.json  the number of examples scored so far
-    stage-k.npy.walk-*.pt      how far a walk back through recorded steps has come; removed after it
+    stage-k.npy.walk-<key>.pt  how far a walk back through recorded steps has come; removed after it
 
 each with a fingerprint of the problem that it belongs to, so that two problems are never mixed.
 """
