@@ -287,7 +287,7 @@ class GaussNewton(LinearOperator):
     def _parts(self, leaf: Tensor) -> list[Tensor]:
         return self.stage.parameters.parts(self._vector, (self.block, leaf))
 
-    def _batch_product(self, batch: Batch, weights: Tensor, v: Tensor) -> Tensor:
+    def _batch_products(self, batch: Batch, weights: Tensor, columns: Tensor) -> Tensor:
         """Σ w_i J_iᵀ ℓ''_i J_i v over one batch: forward, the loss's curvature, backward."""
         inputs, targets = batch
 
@@ -299,9 +299,9 @@ class GaussNewton(LinearOperator):
 
         with self.stage.kernels():
             at, pull_back = vjp(outputs, self._at)[:2]
-            moved = jvp(outputs, (self._at,), (v,))[1]
-            curved = jvp(grad(loss), (at,), (moved,))[1]
-            return pull_back(curved)[0]
+            moved = (jvp(outputs, (self._at,), (v,))[1] for v in columns.unbind(1))
+            curved = (jvp(grad(loss), (at,), (tangent,))[1] for tangent in moved)
+            return torch.stack([pull_back(cotangent)[0] for cotangent in curved], 1)
 
     def _product(self, columns: Tensor) -> Tensor:
         def penalty(leaf: Tensor) -> Tensor:
@@ -309,8 +309,7 @@ class GaussNewton(LinearOperator):
 
         product = torch.zeros_like(columns)
         for batch, weights in self.stage.weighted_batches():
-            for index, v in enumerate(columns.unbind(1)):
-                product[:, index] += self._batch_product(batch, weights, v) / self.stage.size
+            product += self._batch_products(batch, weights, columns) / self.stage.size
         own = [jvp(grad(penalty), (self._at,), (v,))[1] for v in columns.unbind(1)]
         return self.stage.reader.all_reduce(product) + torch.stack(own, 1)
 
