@@ -294,14 +294,20 @@ class GaussNewton(LinearOperator):
         def outputs(leaf: Tensor) -> Tensor:
             return self.stage.batch_outputs(self._parts(leaf), inputs)
 
-        def loss(outputs: Tensor) -> Tensor:
-            return weights @ self.stage.loss(outputs, targets)
-
         with self.stage.kernels():
             at, pull_back = vjp(outputs, self._at)[:2]
-            moved = (jvp(outputs, (self._at,), (v,))[1] for v in columns.unbind(1))
-            curved = (jvp(grad(loss), (at,), (tangent,))[1] for tangent in moved)
-            return torch.stack([pull_back(cotangent)[0] for cotangent in curved], 1)
+            at = at.detach().requires_grad_()
+            loss = weights @ self.stage.loss(at, targets)
+            (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+
+            def product(v: Tensor) -> Tensor:
+                moved = jvp(outputs, (self._at,), (v,))[1]
+                if not slope.requires_grad:  # a loss without curvature in the outputs
+                    return torch.zeros_like(v)
+                (curved,) = torch.autograd.grad(slope, at, moved, retain_graph=True)
+                return pull_back(curved)[0]
+
+            return torch.stack([product(v) for v in columns.unbind(1)], 1)
 
     def _product(self, columns: Tensor) -> Tensor:
         def penalty(leaf: Tensor) -> Tensor:
@@ -310,8 +316,11 @@ class GaussNewton(LinearOperator):
         product = torch.zeros_like(columns)
         for batch, weights in self.stage.weighted_batches():
             product += self._batch_products(batch, weights, columns) / self.stage.size
+        product = self.stage.reader.all_reduce(product)
+        if self.stage.regularizer is None:
+            return product + self.stage.l2 * columns
         own = [jvp(grad(penalty), (self._at,), (v,))[1] for v in columns.unbind(1)]
-        return self.stage.reader.all_reduce(product) + torch.stack(own, 1)
+        return product + torch.stack(own, 1)
 
 
 class AddDiagonal(LinearOperator):
