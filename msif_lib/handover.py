@@ -13,7 +13,7 @@ from torch.func import vjp
 from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.parameters import Block
+from msif_lib.support.parameters import Block, aliases_of
 
 # Examples whose gradients give the size that a stage's own gradient is held against.
 _COMPARED = 32
@@ -53,7 +53,9 @@ class HandOver:
                 "the embeddings have no parameters, so nothing connects the two stages"
             )
         given = self._given(before.vector())
-        self._wanted = [after.origin(number) for number in after.shared]
+        aliases = aliases_of(before.model)  # a tied parameter may be asked for by any name
+        wanted = [after.origin(number) for number in after.shared]
+        self._wanted = [name if name in given else aliases.get(name, name) for name in wanted]
         self._compare(given)
         self._numbers = (
             () if before.hands_on else tuple(before.names.index(name) for name in self._wanted)

@@ -116,9 +116,11 @@ class Model:
     def origin(self, number: int) -> str:
         """The name that a shared parameter has in the stage before."""
         name = self.names[number]
-        for ours, theirs in (self.mapping or {}).items():
-            if fnmatchcase(name, ours):
-                return theirs[:-1] + name[len(ours) - 1 :] if ours.endswith("*") else theirs
+        aliases = [also for also, first in aliases_of(self.model).items() if first == name]
+        for known in (name, *aliases):
+            for ours, theirs in (self.mapping or {}).items():
+                if fnmatchcase(known, ours):
+                    return theirs[:-1] + known[len(ours) - 1 :] if ours.endswith("*") else theirs
         return name
 
     def is_shared(self, buffer: str) -> bool:
