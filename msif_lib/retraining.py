@@ -19,12 +19,14 @@ run in several processes or on a cluster, and be kept in a folder as they finish
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,6 +51,9 @@ __all__ = [
     "minimise",
     "retrain_without",
 ]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,29 @@ class RetrainingSettings:
         return replace(self, cold_start=None, models_at_once=1, jobs=None)
 
 
+def _shows_the_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Show the call to those who give two stages, and what was an argument and is a link now."""
+    known = signature(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        chain = args[0] if args else kwargs.get("chain")
+        unknown = sorted(set(kwargs) - set(known.parameters))
+        if not isinstance(chain, Chain) or unknown:
+            given = f"not {unknown}" if unknown else f"not a {type(chain).__name__}"
+            raise TypeError(
+                f"retrain_without takes a chain of links, {given}: "
+                "retrain_without(Chain([Optimum(pretrain), Frozen(finetune)]), removals, test) for "
+                "case 1, Proximal(tuned, alpha) in place of Frozen for case 2; Chain is in "
+                "msif_lib, links are in msif_lib.links, and how it runs is said by "
+                "settings=RetrainingSettings()"
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+@_shows_the_call
 def retrain_without(
     chain: Chain,
     removals: Sequence[Sequence[int]],
@@ -192,7 +220,6 @@ def retrain_without(
     settings: RetrainingSettings = RetrainingSettings(),
     checkpoint: str | Path | None = None,
     progress: bool = True,
-    **unknown: object,
 ) -> Retraining:
     """Leave sets of examples out of a stage, train it and what follows again, measure test losses.
 
@@ -246,7 +273,6 @@ def retrain_without(
     FloatingPointError
         A recorded training with these weights diverged.
     """
-    _check_call(chain, unknown)
     _check_chain(chain, stage, settings)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
@@ -469,18 +495,6 @@ def _double(test: Batch, device: torch.device) -> Batch:
         Examples(test).tensors(),
     )
     return inputs, targets
-
-
-def _check_call(chain: Chain, unknown: dict[str, object]) -> None:
-    """Show the call to those who give two stages, and what was an argument and is a link now."""
-    if not isinstance(chain, Chain) or unknown:
-        given = f"not {sorted(unknown)}" if unknown else f"not a {type(chain).__name__}"
-        raise TypeError(
-            f"retrain_without takes a chain of links, {given}: "
-            "retrain_without(Chain([Optimum(pretrain), Frozen(finetune)]), removals, test) for "
-            "case 1, Proximal(tuned, alpha) in place of Frozen for case 2; Chain is in msif_lib, "
-            "links are in msif_lib.links, and how it runs is said by settings=RetrainingSettings()"
-        )
 
 
 def _check_chain(chain: Chain, stage: int, settings: RetrainingSettings) -> None:
