@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import chain
-from msif_lib import Stage, cross_entropy
-from msif_lib import descent as descent_module
+from msif_lib import Chain, Stage, cross_entropy
+from msif_lib import steps as steps_module
 from msif_lib.descent import Batches, Path, descend, drawn_from, pull_back, run
+from msif_lib.links import Unrolled
 from msif_lib.optimisers import SGD, AdamW, Optimiser, State
 from msif_lib.steps import Linearised
 
@@ -82,11 +83,20 @@ CASES = {
     ),
     "Nesterov, groups, clipped": Case(
         SGD(0.1, momentum=0.7, nesterov=True, groups=GROUPS, clip=0.4),
-        lambda p: torch.optim.SGD(p, 0.1, 0.7, nesterov=True),
+        lambda p: torch.optim.SGD(p, 0.1, 0.7, weight_decay=L2, nesterov=True),
+        coupled=True,
         schedule=cosine,
+    ),
+    "SGD, clipped": Case(
+        SGD(0.2, clip=0.5), lambda p: torch.optim.SGD(p, 0.2, weight_decay=L2), coupled=True
     ),
     "Adam": Case(
         AdamW(2e-2, (0.8, 0.95), 1e-3, weight_decay=0),
+        lambda p: torch.optim.Adam(p, 2e-2, (0.8, 0.95), 1e-3, weight_decay=L2),
+        coupled=True,
+    ),
+    "Adam, clipped": Case(
+        AdamW(2e-2, (0.8, 0.95), 1e-3, weight_decay=0, clip=0.5),
         lambda p: torch.optim.Adam(p, 2e-2, (0.8, 0.95), 1e-3, weight_decay=L2),
         coupled=True,
     ),
@@ -150,7 +160,9 @@ class Problem:
             with drawn_from(NOISE, step):
                 losses = self.losses(model, self.inputs[batch], self.targets[batch])
             loss = (weights[batch] * losses).sum() / len(batch)
-            if not self.case.coupled:
+            # torch adds weight decay to a gradient that is clipped already.
+            late = 0.0 if self.case.coupled or self.case.ours.clip is None else L2
+            if not self.case.coupled and not late:
                 loss = loss + 0.5 * L2 * sum((p**2).sum() for p in named.values())
             if more[0]:
                 model.eval()
@@ -160,6 +172,7 @@ class Problem:
                 nn.utils.clip_grad_norm_(named.values(), self.case.ours.clip)
             with torch.no_grad():
                 for p in named.values():
+                    p.grad.add_(p, alpha=late)
                     p.mul_(1 - optimizer.param_groups[0]["lr"] * self.case.decay)
             optimizer.step()
             if schedule:
@@ -484,15 +497,41 @@ def test_a_wrong_divisor_is_seen(monkeypatch: pytest.MonkeyPatch, divisor: str) 
     assert relative_error(back(problem).derivatives, problem.by_weight) > 1e-3
 
 
-def test_clipping_without_its_derivative_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = problem_of("Nesterov, groups, clipped")
-    right = descent_module.clipped
+@pytest.mark.parametrize("name", ["Nesterov, groups, clipped", "SGD, clipped", "Adam, clipped"])
+def test_clipping_without_its_derivative_is_seen(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, right = problem_of(name), steps_module.clipped
+    back(problem)
     monkeypatch.setattr(
-        descent_module,
+        steps_module,
         "clipped",
         lambda gradient, longest: (right(gradient, longest)[0], lambda x: x),
     )
     assert relative_error(back(problem).derivatives, problem.by_weight) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["SGD, clipped", "Adam, clipped"])
+def test_weight_decay_that_is_clipped_too_is_another_training(name: str) -> None:
+    problem = problem_of(name)
+    ours, lengths = problem.case.ours, []
+    model = copy.deepcopy(problem.stage.model)
+    parameters = list(model.parameters())
+    with torch.no_grad():
+        for p, part in zip(parameters, problem.start.split([p.numel() for p in parameters])):
+            p.copy_(part.view(p.shape))
+    optimizer = problem.case.torch(parameters)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    for batch in problem.batches:
+        optimizer.zero_grad()
+        losses = Problem.losses(model, problem.inputs[batch], problem.targets[batch])
+        squares = sum((p**2).sum() for p in parameters)
+        (problem.weights[batch] @ losses / len(batch) + 0.5 * L2 * squares).backward()
+        lengths.append(float(nn.utils.clip_grad_norm_(parameters, ours.clip)))
+        optimizer.step()
+    assert max(lengths) > ours.clip
+    wrong = torch.cat([p.detach().reshape(-1) for p in parameters])
+    assert relative_error(problem.path.end, wrong) > 1e-4
 
 
 # --- laws ----------------------------------------------------------------------------------------
@@ -668,6 +707,23 @@ def test_a_loader_of_remembered_batches_is_recorded() -> None:
     assert relative_error(path.end, stage.vector()) < 1e-12
 
 
+def test_a_loader_of_remembered_batches_is_a_stage_s_data() -> None:
+    """In the order of the data set, whatever order the batches have, and none is drawn."""
+    problem = Problem(CASES["SGD"])
+    sampler = Batches(N, BATCH, seed=5)
+    loader = DataLoader(TensorDataset(problem.inputs, problem.targets), batch_sampler=sampler)
+    stage = Stage(
+        problem.stage.embedding, problem.stage.head, cross_entropy, loader, L2,
+        weights=problem.weights,
+    )  # fmt: skip
+    assert stage.size == N and not sampler.taken
+    assert torch.equal(stage.example_losses(), problem.stage.example_losses())
+    path = descend(stage, SGD(0.2), EPOCHS, BATCH, 0, progress=False)
+    given = Chain([Unrolled(stage, path)], progress=False).scores(problem.test)[0]
+    plain = Chain([Unrolled(problem.stage, path)], progress=False).scores(problem.test)[0]
+    assert torch.equal(given.values, plain.values) and not sampler.taken
+
+
 def test_a_training_of_other_steps_is_refused_by_the_step() -> None:
     problem = Problem(CASES["momentum"])
     stage = problem.stage
@@ -841,6 +897,50 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
     embedding.train()
     with pytest.raises(ValueError, match=r"embedding\.1 is BatchNorm.*use GroupNorm"):
         descend(stage, SGD(0.1), 1, 2, 0, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "gru", "attention"])
+def test_dropout_without_a_noise_seed_is_refused_before_training(kind: str) -> None:
+    inputs, targets = torch.randn(6, 3, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drops = {
+                "dropout": lambda: nn.Dropout(0.2),
+                "gru": lambda: nn.GRU(4, 4, 2, batch_first=True, dropout=0.2),
+                "attention": lambda: nn.MultiheadAttention(4, 1, dropout=0.2, batch_first=True),
+            }[kind]()
+            self.out = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            after = self.drops(x, x, x)[0] if kind == "attention" else self.drops(x)
+            return self.out((after[0] if kind == "gru" else after).mean(1))
+
+    stage = Stage.of(Model().eval(), cross_entropy, (inputs, targets))
+    stage.model.train()
+    before = stage.vector()
+    with pytest.raises(ValueError, match=r"drops applies dropout in training mode"):
+        descend(stage, SGD(0.1), 1, 2, 0, progress=False)
+    assert torch.equal(stage.vector(), before)
+    descend(stage, SGD(0.1), 1, 2, 0, noise_seed=3, progress=False)
+    stage.model.eval()
+    descend(stage, SGD(0.1), 1, 2, 0, progress=False)
+
+
+def test_a_path_that_moved_other_parameters_is_refused() -> None:
+    problem = Problem(CASES["SGD"])
+    stage, path = problem.stage, problem.path
+    head = stage.with_trained(stage.block("head.*"))
+    with pytest.raises(ValueError, match="path moved 35 parameters, and the stage trains 15"):
+        Unrolled(head, path)
+    of_head = descend(head, SGD(0.1), 1, BATCH, 0, progress=False)
+    with pytest.raises(ValueError, match="path moved 15 parameters, and the stage trains 35"):
+        Unrolled(stage, of_head)
+    # Of a path without states it is seen by what moved.
+    with pytest.raises(ValueError, match="which the stage does not train"):
+        Unrolled(head, dataclasses.replace(path, states={}))
+    Unrolled(head, of_head)
 
 
 # --- the benchmark -------------------------------------------------------------------------------
