@@ -19,7 +19,7 @@ from msif_lib import Chain, Stage
 from msif_lib.lanczos import functions_of
 from msif_lib.links import Asked, Frozen, Optimum, Proximal, Stopped, Unrolled
 from msif_lib.solvers import Dense, FailedSolve, SolverWarning
-from msif_lib.training import SGD, descend
+from msif_lib.training import SGD, AdamW, descend
 
 pytestmark = pytest.mark.numeric
 
@@ -225,6 +225,112 @@ def test_small_steps_of_sgd_on_a_quadratic_are_stopped_training(momentum):
     assert max(errors[-1]) < 0.05
 
 
+def at_its_optimum(
+    model: nn.Module, data: tuple[Tensor, Tensor], l2: float, weights: Tensor | None = None
+) -> Stage:
+    """A quadratic objective whose optimum is where the model stands."""
+    form = draw(22, 22, seed=5)
+    form = form @ form.T / 22 + 0.1 * torch.eye(22, dtype=F64)
+    plain = Stage.of(model, tilted, data, "embedding.*", l2=l2, weights=weights)
+    at, slope = plain.vector(), plain.gradient()
+
+    def bowl(named: dict[str, Tensor]) -> Tensor:
+        away = torch.cat([part.reshape(-1) for part in named.values()]) - at
+        return 0.5 * away @ form @ away - slope @ away
+
+    return Stage.of(model, tilted, data, "embedding.*", l2=l2, weights=weights, regularizer=bowl)
+
+
+def grouped(rate: float, **decays: float) -> list[dict]:
+    embedding = {"params": "embedding.*", "lr": 0.3 * rate, **decays}
+    return [embedding, {"params": "head.bias", "lr": 2 * rate}]
+
+
+# Of a rate: the optimiser, and how far from the steps the flow and that of plain gradients are.
+FLOWS = {
+    "sgd": (lambda rate: SGD(rate), 0.01, 0.01),
+    "momentum": (lambda rate: SGD(0.4 * rate, momentum=0.6), 0.01, 0.01),
+    "groups": (lambda rate: SGD(rate, groups=grouped(rate)), 0.01, 0.1),
+    "momentum, groups, decays": (
+        lambda rate: SGD(
+            0.4 * rate, 0.6, decoupled_decay=0.3, groups=grouped(0.4 * rate, decoupled_decay=0.5)
+        ),
+        0.02, 0.1,
+    ),
+    "adamw": (lambda rate: AdamW(rate, (0.9, 0.995), 1e-6, 0.2), 0.06, 0.4),
+    "adamw, groups": (
+        lambda rate: AdamW(rate, (0.9, 0.995), 1e-6, 0.2, grouped(rate, weight_decay=0.5)),
+        0.08, 0.4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_flow_of_a_path_s_own_optimiser_is_near_its_small_steps(name):
+    """Near an optimum, v of Adam settled by the differences between batches."""
+    make, near, plain = FLOWS[name]
+    adam = "adam" in name
+    tau, steps = (0.3, 600) if adam else (2.0, 200)
+    optimiser = make(tau / steps)
+    first = at_its_optimum(
+        randomised(Linear().to(F64), 1), examples(12, 2, 1), 0.1, weights_of(12, 1)
+    )
+    settings = {"batch_size": 4 if adam else 12, "progress": False}
+    epochs = steps // 3 if adam else steps
+    path1 = descend(first, optimiser, epochs=epochs, seed=0, **settings)
+    model = randomised(Linear().to(F64), 2)
+    model.embedding.load_state_dict(first.model.embedding.state_dict())
+    second = at_its_optimum(model, examples(8, 2, 2), 0.2)
+    path2 = descend(second, optimiser, epochs=epochs, seed=1, **settings)
+
+    def scores_of(*links):
+        return [one.values for one in Chain(links, progress=False).scores(examples(4, 2, 3))]
+
+    exact = scores_of(Unrolled(first, path1), Unrolled(second, path2))
+    flow = scores_of(Stopped.of(first, path1), Stopped.of(second, path2))
+    assert max(map(relative_error, flow, exact)) < near
+    of_time = scores_of(Stopped(first, path1.time), Stopped(second, path2.time))
+    worst = min(map(relative_error, of_time, exact))
+    assert worst > plain if plain > near else worst < near
+
+
+def test_the_scale_and_decay_of_a_path_are_its_optimiser_s():
+    one = one_fit(None, 0.1, 0)
+    stage = one.stage(one.base)
+    groups = [{"params": "embedding.*", "lr": 0.02, "weight_decay": 0.5}]
+    optimiser = AdamW(0.01, (0.8, 0.9), 1e-3, 0.1, groups)
+    path = descend(stage, optimiser, epochs=3, batch_size=5, seed=0, progress=False)
+    model = randomised(mlp(3), 0)
+    names = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, part in zip(stage.names, stage.parameters.views(path.start), strict=True):
+            names[name].copy_(part)
+    shared = [p for name, p in names.items() if name.startswith("embedding.")]
+    rest = [p for name, p in names.items() if not name.startswith("embedding.")]
+    theirs = torch.optim.AdamW(
+        [{"params": shared, "lr": 0.02, "weight_decay": 0.5}, {"params": rest}],
+        0.01, (0.8, 0.9), 1e-3, 0.1,
+    )  # fmt: skip
+    for batch in path.batches:
+        theirs.zero_grad()
+        losses = log_loss(model(one.data[0][batch]), one.data[1][batch])
+        squares = sum(p.square().sum() for p in model.parameters())
+        (one.weights[batch] @ losses / len(batch) + 0.05 * squares).backward()
+        theirs.step()
+    link = Stopped.of(stage, path)
+    assert link.time == path.time == pytest.approx(0.01 * len(path))
+    for name, scale, decay in zip(
+        stage.names,
+        stage.parameters.views(link.scale),
+        stage.parameters.views(link.decay),
+        strict=True,
+    ):
+        v = theirs.state[names[name]]["exp_avg_sq"] / (1 - 0.9 ** len(path))
+        factor, delta = (2.0, 1.0) if name.startswith("embedding.") else (1.0, 0.1)
+        check(scale, factor / (v.sqrt() + 1e-3), 1e-9)
+        check(decay, torch.full_like(decay, delta), 1e-12)
+
+
 def test_stopped_late_on_a_definite_hessian_is_the_optimum():
     fits = Fits([Fit(randomised(mlp(3), 0), examples(19, 3, 0), 0.2)], examples(6, 3, 9))
     (optimum,) = fits.links()
@@ -257,6 +363,15 @@ def test_what_stopped_is_told_must_make_sense():
     for link, settings in ((Optimum, {}), (Frozen, {}), (Proximal, {"alpha": 0.1})):
         with pytest.raises(ValueError, match="curvature must be one of"):
             link(stage, curvature="fisher", **settings)
+
+
+def test_a_first_stage_is_not_pulled():
+    one = one_fit(None, 0.1, 0)
+    first, second = one.stage(one.base), one.stage(one.base)
+    with pytest.raises(ValueError, match=r"stage 0: a first stage is handed nothing .*Optimum"):
+        Chain([Proximal(first, 0.1)], progress=False)
+    with pytest.raises(ValueError, match=r"pretrain: a first stage is handed nothing"):
+        Chain([Proximal(first, 0.1), Proximal(second, 0.1)], progress=False)
 
 
 # --- Gauss-Newton in place of H ------------------------------------------------------------------
@@ -296,7 +411,10 @@ def test_the_curvature_of_every_link_may_be_gauss_newton(kind):
         u = -flowed(gauss, torch.eye(len(x), dtype=F64), tau, torch.ones(len(x)), 0.0)[1] @ along
     else:
         u = torch.linalg.solve(gauss + torch.diag(shared), along)
-    values = Chain([link], math.inf, progress=False).pull_back(cotangent)[0].values
+    links = [link]
+    if kind == "proximal":  # which is no first link
+        links = [Stopped(one.stage(one.base), tau), link]
+    values = Chain(links, math.inf, progress=False).pull_back(cotangent)[-1].values
     check(values, -slopes @ u, 1e-9)
 
 
