@@ -66,6 +66,18 @@ def test_weights_stand_before_each_loss(seed):
     assert not stage.with_data(examples(3, 3, 1)).weighted
 
 
+def test_weights_changed_afterwards_change_nothing():
+    weights, indices = weights_of(8, 0), torch.arange(8.0)
+    stage = stage_of(weights=weights)
+    again = stage.with_weights(indices.to(F64))
+    found = [stage.gradient(), again.gradient(), stage.identity()[4].clone()]
+    weights.zero_()
+    indices.zero_()
+    assert torch.equal(stage.gradient(), found[0]) and found[0].any()
+    assert torch.equal(again.gradient(), found[1]) and found[1].any()
+    assert torch.equal(stage.weights, found[2])
+
+
 def test_batches_carry_the_weights_of_their_examples():
     weights = weights_of(8, 1)
     whole, parts = (stage_of(0, weights=weights, batch_size=size) for size in (8, 3))
@@ -282,6 +294,65 @@ def test_a_head_tied_to_its_embedding_trains_it():
     check(given.values, fits.exact()[0], EXACT)
 
 
+@pytest.mark.parametrize("first", ["words.weight", "out.weight"])
+@pytest.mark.parametrize("second", ["words.weight", "out.weight"])
+@pytest.mark.parametrize("settings", [{"alpha": 0.07}, {"recipe": MOMENTUM}], ids=["opt", "steps"])
+def test_a_tied_parameter_is_handed_over_by_any_of_its_names(first, second, settings):
+    """In patterns, and as key and value of a mapping, of one name and of a beginning."""
+    fits = Fits(
+        [
+            Fit(randomised(Tied(5), 0, 1.0), sentences(23, 5, 0), 0.02, weights_of(23, 0)),
+            Fit(randomised(Tied(5), 1, 1.0), sentences(16, 5, 1), 0.03, shared=TIED, **settings),
+        ],
+        sentences(6, 5, 9),
+    )
+    one, two = fits.links()
+    exact = [given.values for given in Chain([one, two], progress=False).scores(fits.test)]
+
+    def also(shared) -> None:
+        link = fits.fits[1].link(fits.trained[1], fits.handed[1], shared=shared)
+        assert link.stage.shared == two.stage.shared and link.stage.names == two.stage.names
+        found = Chain([one, link], progress=False).scores(fits.test)
+        for scored, values in zip(found, exact, strict=True):
+            assert torch.equal(scored.values, values)
+
+    also([second, "mix.*"])
+    also({second: first, "mix.*": "mix.*"})
+    ours, theirs = second.replace("weight", "w*"), first.replace("weight", "w*")
+    also({ours: theirs, "mix.*": "mix.*"})
+
+
+def test_a_model_that_is_tied_no_longer_takes_a_tied_parameter_by_both_names():
+    untied = randomised(Tied(5), 1)
+    untied.out.weight = nn.Parameter(untied.words.weight.detach().clone())
+    first = Stage.of(randomised(Tied(5), 0), log_loss, sentences(12, 5, 0))
+    chains = []
+    for shared in (["*.weight"], {"words.weight": "words.weight", "out.weight": "words.weight",
+                                  "mix.weight": "mix.weight"}):  # fmt: skip
+        second = Stage.of(untied, log_loss, sentences(9, 5, 1), shared)
+        chain = Chain([Stopped(first, 1.0), Stopped(second, 1.0)], progress=False)
+        chains.append([one.values for one in chain.scores(sentences(4, 5, 2))])
+    for one, other in zip(*chains, strict=True):
+        assert torch.equal(one, other) and one.any()
+
+
+def test_a_tied_parameter_is_trained_by_any_of_its_names():
+    data, ends = sentences(12, 5, 0), []
+    for name in ("words.weight", "out.weight"):
+        groups = [{"params": name, "lr": 0.3}]
+        model = randomised(Tied(5), 0)
+        stage = Stage.of(model, log_loss, data, trained=[name, "mix.bias"])
+        assert [stage.names[n] for n in stage.trained] == ["words.weight", "mix.bias"]
+        optimiser = SGD(0.1, groups=groups)
+        path = descend(stage, optimiser, epochs=2, batch_size=5, seed=0, progress=False)
+        ends.append(path.end)
+        assert not torch.equal(path.start, path.end)
+    assert torch.equal(*ends)
+    with pytest.raises(ValueError, match=r"groups\[0\] and groups\[1\] both name words.weight"):
+        both = [{"params": "words.weight"}, {"params": "out.weight"}]
+        descend(stage, SGD(0.1, groups=both), 1, 5, 0, progress=False)
+
+
 # --- what is not trained -------------------------------------------------------------------------
 
 
@@ -392,6 +463,58 @@ def test_a_finetuning_in_place_has_no_embedding_to_compare_with():
             Chain([Optimum(pretrain), link], progress=False)
     with pytest.raises(ValueError, match=r"copy.deepcopy"):
         UpdatedEmbeddingInfluence(pretrain, tuned, 0.1, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::msif_lib.influence.StationarityWarning")
+@pytest.mark.parametrize(
+    "early", [Optimum, functools.partial(Stopped, time=1.0)], ids=["optimum", "flow"]
+)
+def test_no_module_of_a_stage_is_trained_later_on(early):
+    """Head or embedding, by the next stage or a later one, whatever its link."""
+    model = randomised(mlp(3), 0)
+    embedding, head, data = model.embedding, model.head, examples(8, 3, 0)
+
+    def refused(*links, name) -> None:
+        with pytest.raises(ValueError, match=rf"trains {name}.*same module.*copy.deepcopy"):
+            Chain(links, progress=False)
+
+    first = Stage(embedding, head, log_loss, data)
+    probe = Stage(embedding, head, log_loss, examples(8, 3, 1))
+    refused(early(first), Frozen(probe), name="head.weight of finetune")
+    other = Stage(embedding, copy.deepcopy(head), log_loss, examples(8, 3, 1))
+    Chain([early(first), Frozen(other)], progress=False)
+    refused(early(first), Proximal(other, 0.1), name="embedding.0.weight of tuned")
+
+    # Two stages on: of the head that the stage between has not, and of the embedding.
+    between = Stage(copy.deepcopy(embedding), copy.deepcopy(head), log_loss, examples(8, 3, 1))
+    last = Stage(between.embedding, head, log_loss, examples(8, 3, 2))
+    links = early(first), Proximal(between, 0.1)
+    refused(*links, Frozen(last), name="head.weight of stage 2")
+    again = Stage(embedding, copy.deepcopy(head), log_loss, examples(8, 3, 2))
+    refused(*links, Proximal(again, 0.1), name="embedding.0.weight of stage 2")
+
+    # A recorded training on the modules of the first.
+    path = descend(again, SGD(0.1), epochs=1, batch_size=4, seed=0, progress=False)
+    refused(*links, Unrolled(again, path), name="embedding.0.weight of stage 2")
+
+
+def test_the_modules_of_a_recorded_training_may_be_trained_later_on():
+    model, settings = randomised(mlp(3), 0), {"epochs": 2, "batch_size": 4, "progress": False}
+    first = Stage.of(model, log_loss, examples(8, 3, 0))
+    path1 = descend(first, SGD(0.1), seed=0, **settings)
+    between = Stage.of(copy.deepcopy(model), log_loss, examples(8, 3, 1))
+    path2 = descend(between, SGD(0.1), seed=1, **settings)
+    model.load_state_dict(between.model.state_dict())
+    last = Stage.of(model, log_loss, examples(8, 3, 2))
+    path3 = descend(last, SGD(0.1), seed=2, **settings)
+    for link in (Unrolled(between, path2), Stopped(between, 1.0)):
+        links = [Unrolled(first, path1), link, Unrolled(last, path3)]
+        given = Chain(links, progress=False).scores(examples(4, 3, 3))
+        copied = Stage.of(copy.deepcopy(model), log_loss, examples(8, 3, 0))
+        copied.load_vector(path1.end)
+        apart = [Unrolled(copied, path1), link, Unrolled(last, path3)]
+        for one, other in zip(given, Chain(apart, progress=False).scores(examples(4, 3, 3))):
+            assert torch.equal(one.values, other.values) and one.values.any()
 
 
 def test_a_recorded_training_must_start_where_the_stage_before_ended():
