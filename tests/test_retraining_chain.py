@@ -246,6 +246,29 @@ def test_float32_trainings_are_repeated_in_float64():
     assert path.start.dtype == torch.float32
 
 
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_training_that_draws_is_repeated_in_its_own_precision_alone(augmented):
+    x, y = examples(12, 2, 0)
+    augment = (lambda inputs: inputs + 0.1 * torch.randn_like(inputs)) if augmented else None
+    layers = nn.Linear(5, 4), nn.Tanh(), *([] if augmented else [nn.Dropout(0.3)]), nn.Linear(4, 2)
+    model = randomised(nn.Sequential(*layers).double().eval(), 0)
+    settings = {"epochs": 2, "batch_size": 5, "seed": 0, "noise_seed": 7, "augment": augment}
+
+    single = Stage.of(copy.deepcopy(model).float(), cross_entropy, (x.float(), y), l2=0.1)
+    path = descend(single, SGD(lr=0.1), **settings, **QUIET)
+    with pytest.raises(ValueError, match=r"noise_seed=.* than in torch.float32.*record it in floa"):
+        retrain_without(Chain([Unrolled(single, path)], **QUIET), [[0]], (x.float(), y), **QUIET)
+
+    stage = Stage.of(model, cross_entropy, (x, y), l2=0.1)
+    path = descend(stage, SGD(lr=0.1), **settings, **QUIET)
+    chain = Chain([Unrolled(stage, path)], **QUIET)
+    found = retrain_without(chain, [[0]], (x, y), fraction=1e-4, **QUIET)
+    assert relative_error(found.losses_before, stage.example_losses()) < 1e-12
+    effect = chain.scores((x, y)).pop().removal_effect[0]
+    change = (found.losses[0] - found.losses_before).sum() / 1e-4
+    assert abs(change - effect) < 1e-3 * abs(effect)
+
+
 class LastState(nn.Module):
     """A recurrent embedding; torch has no batching rule for it."""
 
@@ -287,6 +310,25 @@ def test_the_call_of_two_stages_is_shown_the_chain_s():
         retrain_without(first, second, [[0]], first.data)
     with pytest.raises(TypeError, match="takes a chain of links, not a list"):
         retrain_without([Optimum(first)], [[0]], first.data)
+    with pytest.raises(TypeError, match=r"not \['alpha'\]: .*Proximal\(tuned, alpha\) in place of"):
+        retrain_without(first, second, [[0]], first.data, alpha=0.1)
+    for named in (
+        {"pretrain": first, "finetune": second},
+        {"pretrain": first, "finetune": second, "removals": [[0]], "test": first.data},
+    ):
+        with pytest.raises(TypeError, match=r"not \['finetune', 'pretrain'\]: .*Chain\(\[Optimum"):
+            retrain_without(**named)
+    with pytest.raises(TypeError, match=r"takes a chain of links, not a NoneType.*Chain\(\["):
+        retrain_without(removals=[[0]], test=first.data)
+    chain = Chain([Optimum(first), Frozen(second)], **QUIET)
+    with pytest.raises(TypeError, match=r"not \['tol'\].*settings=RetrainingSettings"):
+        retrain_without(chain, [[0]], first.data, tol=1e-6)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'test'"):
+        retrain_without(chain, [[0]])
+    named = {"chain": chain, "removals": [[0]], "test": first.data, **QUIET}
+    assert torch.equal(
+        retrain_without(**named).losses, retrain_without(chain, [[0]], first.data, **QUIET).losses
+    )
 
 
 @pytest.mark.parametrize("stage", [2, -1, 0.0, None])
