@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import hessian, jacrev
 
 from msif_lib import Chain, Stage
+from msif_lib.influence import StationarityWarning
 from msif_lib.links import Frozen, Optimum, Proximal, Stopped, Unrolled
 from msif_lib.solvers import Dense, MinRes
 from msif_lib.training import SGD, AdamW, Path, descend
@@ -445,6 +447,94 @@ def test_reports_stand_with_their_stage_and_hold_no_nan():
     assert set(first.gradient_norms) == {"finetuning"}
 
 
+def test_self_influence_takes_a_removed_example_at_its_weight():
+    fits = solved("mlp", ("optimum",), 0)
+    one = fits.fits[0]
+    own = Chain(fits.links(), progress=False).self_influence()
+    check(own.removal_effect, -one.weights * own.values / one.size, 1e-14)
+    chosen = [5, 0, 7]
+    some = Chain(fits.links(), progress=False).self_influence(chosen)
+    check(some.removal_effect, own.removal_effect[chosen], 1e-12)
+    with pytest.raises(AssertionError, match="relative error"):  # wrong: the weight left out
+        check(own.removal_effect, -own.values / one.size, 1e-2)
+    # The change of an example's loss as its own weight goes, and its weight with that.
+    x, y = one.data
+    itself = Fits([one], (x[chosen], y[chosen]))
+    for place, example in enumerate(chosen):
+        slope = itself.differences(0, [example], STEP)[0, place]
+        check(some.values[place : place + 1], slope[None])
+        weights = one.weights.clone()
+        weights[example] *= 1 - 1e-4
+        before = itself.test_losses(itself.trained[0], itself.handed[0])[place]
+        change = (itself.retrained(0, weights)[place] - before) / 1e-4
+        check(some.removal_effect[place : place + 1], change[None], 1e-3)
+
+
+# --- optima that moved, and how far from one a stage is ------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::msif_lib.solvers.SolverWarning")
+@pytest.mark.parametrize("kind", ["optimum", "frozen", "proximal", "stopped"])
+def test_parameters_moved_after_a_solve_have_a_curvature_of_their_own(kind):
+    second = {"optimum": (), "stopped": ("proximal",)}.get(kind, (kind,))
+    fits = solved("mlp", ("optimum", *second), 0)
+    links = fits.links()
+    moved = links[-1].stage
+    if kind == "stopped":
+        links[-1] = Stopped(moved, 2.0, tol=1e-12)
+    chain = Chain(links, progress=False)
+    cotangent = chain.test_gradients(fits.test, per_test=True)
+    before = [one.values for one in chain.pull_back(cotangent)]
+    generator = torch.Generator().manual_seed(3)
+    at = moved.vector()
+    block = links[-1].block
+    step = 0.1 * torch.randn(moved.parameters.count(block), dtype=F64, generator=generator)
+    there = moved.parameters.replaced(at, moved.parameters.take(at, block) + step, block)
+    moved.load_vector(there)
+    after = chain.pull_back(cotangent)
+    afresh = [replace(link, stage=link.stage.to(F64)) for link in links]
+    exact = Chain(afresh, math.inf, progress=False).pull_back(cotangent)
+    for one, other in zip(after, exact, strict=True):
+        check(one.values, other.values, 1e-12)
+    assert relative_error(after[-1].values, before[-1]) > 1e-2
+    moved.load_vector(at)  # and back
+    for one, old in zip(chain.pull_back(cotangent), before, strict=True):
+        assert torch.equal(one.values, old)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_how_far_from_an_optimum_a_stage_is_knows_no_size_of_weights(size):
+    """Nor of the losses: as far at any scale of the objective."""
+    one = solved("mlp", ("optimum",), 0).fits[0]
+    x, c = solved("mlp", ("optimum",), 0).trained[0], torch.zeros(0, dtype=F64)
+    for away, warned in ((1e-6, False), (1e-2, True)):
+        step = away * torch.ones_like(x)
+        by_weights = one.stage(one.named(x + step, c), weights=size * one.weights, l2=size * one.l2)
+        scaled = Fit(
+            one.model, one.data, size * one.l2, one.weights, loss=lambda o, t: size * log_loss(o, t)
+        )
+        for stage in (by_weights, scaled.stage(one.named(x + step, c))):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                chain = Chain([Optimum(stage)], progress=False)
+            found = [w for w in caught if w.category is StationarityWarning]
+            assert bool(found) == warned, chain.gradient_norms
+
+
+def test_examples_without_weight_do_not_make_a_stage_look_far_from_its_optimum():
+    weights = torch.zeros(200, dtype=F64)
+    weights[1:200:14] = 1.0
+    one = Fit(randomised(convex_net(3), 0), examples(200, 3, 0), 0.1, weights)
+    x = Fits([one], one.data).trained[0]
+    c = torch.zeros(0, dtype=F64)
+    for away, warned in ((1e-9, False), (1e-1, True)):
+        stage = one.stage(one.named(x + away, c))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Chain([Optimum(stage)], progress=False)
+        assert any(w.category is StationarityWarning for w in caught) == warned
+
+
 # --- on disk -------------------------------------------------------------------------------------
 
 
@@ -556,6 +646,77 @@ def test_what_belongs_to_another_problem_is_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match="belongs to another problem"):
             Chain(changed, progress=False).scores(through.test, out=out, **asked)
+
+
+class Exact:
+    """A solver that nothing tells from another."""
+
+    def __init__(self) -> None:
+        self.solves = 0
+
+    def solve(self, operator, right, progress=False):
+        self.solves += 1
+        return Dense().solve(operator, right, progress=progress)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_solver_without_settings_to_know_it_by_keeps_nothing(tmp_path, place, monkeypatch):
+    fits, solver = solved("mlp", ("optimum", "proximal"), 0), Exact()
+    links = fits.links()
+    links[place] = replace(links[place], solver=solver)
+    chain = Chain(links, progress=False)
+    with monkeypatch.context() as patch:
+        stop_at(patch, Chain, "test_gradients", 1)
+        stop_at(patch, Dense, "solve", 1)
+        with pytest.raises(ValueError, match=r"out: .*by its settings, and Exact is no data"):
+            chain.scores(fits.test, out=tmp_path / "out")
+    assert solver.solves == 0
+    assert not list(tmp_path.rglob("*.npy"))
+    given = chain.scores(fits.test)  # in memory it is as good as any
+    assert solver.solves == 1
+    for one, values in zip(given, Chain(fits.links(), progress=False).scores(fits.test)):
+        assert torch.equal(one.values, values.values)
+
+
+@pytest.mark.parametrize("of", [None, {0: examples(4, 3, 5)}])
+def test_trainings_in_place_are_kept_and_asked_for_again(tmp_path, monkeypatch, of):
+    """The first stage's modules have moved since; no walk is left on disk."""
+    embedding, settings = randomised(mlp(3), 1).embedding, {"batch_size": 4, "progress": False}
+    first = Stage(embedding, randomised(mlp(3), 2).head, log_loss, examples(19, 3, 1), l2=0.05)
+    path1 = descend(first, SGD(lr=0.1, momentum=0.8), epochs=2, seed=1, **settings)
+    second = Stage(embedding, randomised(mlp(2), 3).head, log_loss, examples(14, 2, 2), l2=0.03)
+    path2 = descend(second, AdamW(lr=0.03), epochs=2, seed=2, **settings)
+    chain = Chain([Unrolled(first, path1), Unrolled(second, path2)], progress=False)
+    test, out = examples(6, 2, 3), tmp_path / "out"
+    whole = chain.scores(test, of=of)
+    kept = chain.scores(test, of=of, out=out)
+    same(kept, whole)
+    assert not [path for path in out.iterdir() if "walk" in path.name]
+    files = sorted(path.name for path in out.iterdir())
+    with monkeypatch.context() as patch:
+        stop_at(patch, SGD, "pull_back", 1)
+        stop_at(patch, AdamW, "pull_back", 1)
+        same(chain.scores(test, of=of, out=out), whole)
+        links = [Unrolled(first, path1), Unrolled(second, path2)]
+        same(Chain(links, progress=False).scores(test, of=of, out=out), whole)
+    assert sorted(path.name for path in out.iterdir()) == files
+
+
+@pytest.mark.parametrize("number", [3, 13])
+def test_a_walk_is_kept_while_it_goes_and_not_longer(tmp_path, monkeypatch, number):
+    fits, out = stepped("mlp", "momentum", "nesterov"), tmp_path / "out"
+    chain = Chain(fits.links(), progress=False)
+
+    def walks() -> list[str]:
+        return [path.name for path in out.iterdir() if ".walk-" in path.name]
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, SGD, "pull_back", number)
+        with pytest.raises(Interrupted):
+            chain.scores(fits.test, out=out)
+    assert len(walks()) == (number > 3)
+    chain.scores(fits.test, out=out)
+    assert not walks()
 
 
 def test_another_hand_over_is_another_problem(tmp_path):
