@@ -191,14 +191,17 @@ def check_modules(links: Sequence[Link], names: Sequence[str]) -> None:
 def gradient_size(link: Link) -> float:
     """Root mean square of the norms of some w_i ∇ℓ_i over what is trained."""
     stage = link.stage
-    some = range(0, stage.size, -(-stage.size // _COMPARED))
-    part = stage.section(some)
+    weighty = stage.weights.nonzero()[:, 0]
+    if not len(weighty):
+        return 0.0
+    some = weighty[:: -(-len(weighty) // _COMPARED)]
+    part = stage.section(some.tolist())
     blocks = (
         stage.parameters.take(rows.T, link.block).square().sum(0)
         for rows in part.per_example_gradients()
     )
-    squares = part.reader.gather(blocks, stage.vector()[:0]) * stage.weights[list(some)].square()
-    return float(squares.mean().sqrt())
+    squares = part.reader.gather(blocks, stage.vector()[:0]) * stage.weights[some].square()
+    return float((squares.mean() * len(weighty) / stage.size).sqrt())
 
 
 def check_continuity(
