@@ -115,6 +115,10 @@ def test_loaders_whose_order_is_their_own():
     loader = DataLoader(examples, sampler=SubsetRandomSampler([1, 2]))
     refused("SubsetRandomSampler as its sampler; pass a torch.utils.data.Subset", data=loader)
 
+    chosen = BatchSampler(SubsetRandomSampler([1, 2]), 2, False)
+    loader = DataLoader(examples, batch_sampler=chosen)
+    refused("SubsetRandomSampler as its sampler; pass a torch.utils.data.Subset", data=loader)
+
     class Odd(BatchSampler):
         pass
 

@@ -131,9 +131,11 @@ class Examples:
             )
         if not isinstance(data, DataLoader):
             return {"dataset": data}
+        plain, batches = SequentialSampler | RandomSampler, data.batch_sampler
         for sampler, known in (
-            (data.sampler, SequentialSampler | RandomSampler),
-            (data.batch_sampler, BatchSampler),
+            (data.sampler, plain),
+            (batches, BatchSampler),
+            (getattr(batches, "sampler", data.sampler), plain),
         ):
             if not isinstance(sampler, known):
                 raise ValueError(
