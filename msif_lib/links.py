@@ -55,6 +55,35 @@ def check_solver(name: str, solver: Solver) -> Solver:
     return solver
 
 
+def check_path(stage: Stage, path: Path) -> None:
+    """Refuse the path of another model, or one that moved other parameters than the stage trains.
+
+    Raises
+    ------
+    ValueError
+        It is one; the message says what differs.
+    """
+    size = stage.parameters.size
+    if len(path.start) != size:
+        raise ValueError(
+            f"path: a training of {len(path.start)} parameters is not one of this stage, "
+            f"which has {size}"
+        )
+    moved, trained = path.moved, stage.parameters.count(stage.trained)
+    if moved not in (None, trained):
+        raise ValueError(
+            f"path moved {moved} parameters, and the stage trains {trained}; say with trained= "
+            "what the recorded training moved"
+        )
+    way = path.end - path.start
+    for number in set(stage.parameters.all) - set(stage.trained):
+        if stage.parameters.take(way, (number,)).any():
+            raise ValueError(
+                f"path moved {stage.names[number]}, which the stage does not train; say "
+                "with trained= what the recorded training moved"
+            )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What is asked of a link.
@@ -424,7 +453,20 @@ class Stopped(_Curved):
 
     @classmethod
     def of(cls, stage: Stage, path: Path, curvature: str = "hessian") -> Stopped:
-        """The flow of a recorded training's own optimiser: its τ, P and δ."""
+        """The flow of a recorded training's own optimiser: its τ, P and δ.
+
+        Raises
+        ------
+        ValueError
+            The path is that of another model, moved other parameters than the stage trains, or
+            does not end where the stage's modules are.
+        """
+        check_path(stage, path)
+        if not torch.equal(stage.vector(), path.end):
+            raise ValueError(
+                "path does not end at the stage's parameters, where the curvature is taken; give a "
+                "stage whose modules are where it ended: stage.load_vector(path.end)"
+            )
         scale, decay = path.flow(stage)
         return cls(stage, path.time, curvature, scale, decay)
 
@@ -495,25 +537,7 @@ class Unrolled(Link):
     reads_modules: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        size = self.stage.parameters.size
-        if len(self.path.start) != size:
-            raise ValueError(
-                f"path: a training of {len(self.path.start)} parameters is not one of this stage, "
-                f"which has {size}"
-            )
-        moved, trained = self.path.moved, self.stage.parameters.count(self.stage.trained)
-        if moved not in (None, trained):
-            raise ValueError(
-                f"path moved {moved} parameters, and the stage trains {trained}; say with trained= "
-                "what the recorded training moved"
-            )
-        way = self.path.end - self.path.start
-        for number in set(self.stage.parameters.all) - set(self.stage.trained):
-            if self.stage.parameters.take(way, (number,)).any():
-                raise ValueError(
-                    f"path moved {self.stage.names[number]}, which the stage does not train; say "
-                    "with trained= what the recorded training moved"
-                )
+        check_path(self.stage, self.path)
 
     def vector(self) -> Tensor:
         """Where the path ends."""

@@ -331,6 +331,20 @@ def test_the_scale_and_decay_of_a_path_are_its_optimiser_s():
         check(decay, torch.full_like(decay, delta), 1e-12)
 
 
+def test_the_path_of_a_flow_is_its_stage_s():
+    one = one_fit(None, 0.1, 0)
+    stage = one.stage(one.base)
+    path = descend(stage, SGD(0.1), epochs=1, batch_size=5, seed=0, progress=False)
+    head = stage.with_trained(stage.block("head.*"))
+    with pytest.raises(ValueError, match="path moved 30 parameters, and the stage trains 12"):
+        Stopped.of(head, path)
+    stage.load_vector(path.start)
+    with pytest.raises(ValueError, match=r"path does not end at .*load_vector\(path.end\)"):
+        Stopped.of(stage, path)
+    stage.load_vector(path.end)
+    assert Stopped.of(stage, path).time == path.time
+
+
 def test_stopped_late_on_a_definite_hessian_is_the_optimum():
     fits = Fits([Fit(randomised(mlp(3), 0), examples(19, 3, 0), 0.2)], examples(6, 3, 9))
     (optimum,) = fits.links()
