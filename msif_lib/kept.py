@@ -47,10 +47,13 @@ class Kept:
 
     def walk(self, number: int) -> Keep:
         """Where the walk back through a stage is kept after each part of it."""
-        return self._walk(number)
+        name = f"{file_of(self.folder, number).name}.walk-{self._keys[number][:16]}"
+        return _Walk(Checkpoint(self.folder), name)
 
-    def _walk(self, number: int) -> _Walk:
-        return _Walk(Checkpoint(self.folder), f"stage-{number}.npy.walk-{self._keys[number][:16]}")
+    def _forget_walks(self, number: int) -> None:
+        """Also those of other problems, which were interrupted before anything was found."""
+        for file in self.folder.glob(f"{file_of(self.folder, number).name}.walk-*.pt"):
+            file.unlink(missing_ok=True)
 
     def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
         """What a link gave, or gives now."""
@@ -67,7 +70,7 @@ class Kept:
         solved = begun(path)
         known = kept(path, self._keys[number], plain, reader)
         if reader.first_process:
-            self._walk(number).remove()  # its end is kept
+            self._forget_walks(number)  # its end is kept
         reports = tuple(SolveReport(**report) for report in known.pop("reports"))
         for report in reports:
             if solved and not report.converged and report.solver != Identity.__name__:
@@ -85,6 +88,3 @@ class _Walk:
 
     def put(self, tensors: dict[str, Tensor]) -> None:
         self.checkpoint.put(self.name, tensors)
-
-    def remove(self) -> None:
-        self.checkpoint.remove(self.name)

@@ -702,7 +702,7 @@ def test_trainings_in_place_are_kept_and_asked_for_again(tmp_path, monkeypatch, 
     assert sorted(path.name for path in out.iterdir()) == files
 
 
-@pytest.mark.parametrize("number", [3, 13])
+@pytest.mark.parametrize("number", [3, 8])
 def test_a_walk_is_kept_while_it_goes_and_not_longer(tmp_path, monkeypatch, number):
     fits, out = stepped("mlp", "momentum", "nesterov"), tmp_path / "out"
     chain = Chain(fits.links(), progress=False)
@@ -715,7 +715,8 @@ def test_a_walk_is_kept_while_it_goes_and_not_longer(tmp_path, monkeypatch, numb
         with pytest.raises(Interrupted):
             chain.scores(fits.test, out=out)
     assert len(walks()) == (number > 3)
-    chain.scores(fits.test, out=out)
+    # Nothing was found yet, so that another problem may have the folder, and leaves no walk.
+    chain.scores(fits.test, per_test=True, out=out)
     assert not walks()
 
 

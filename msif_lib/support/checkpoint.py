@@ -58,8 +58,3 @@ class Checkpoint:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-    def remove(self, name: str) -> None:
-        """Forget what was put under this name, if anything was."""
-        if self.folder is not None:
-            (self.folder / f"{name}.pt").unlink(missing_ok=True)
