@@ -309,7 +309,7 @@ class Chain:
             pulled.reports,
             dict(self.gradient_norms),
             own,
-            stage.weights if stage.weighted and own else None,
+            stage.weights.clone() if stage.weighted and own else None,
         )
 
     def _keys(self, test: Batch, per_test: bool, scored: Mapping[int, Stage]) -> list[str]:

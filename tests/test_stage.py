@@ -76,6 +76,9 @@ def test_weights_changed_afterwards_change_nothing():
     assert torch.equal(stage.gradient(), found[0]) and found[0].any()
     assert torch.equal(again.gradient(), found[1]) and found[1].any()
     assert torch.equal(stage.weights, found[2])
+    (scores,) = Chain([Stopped(stage, 1.0)], progress=False).scores(examples(4, 3, 1))
+    scores.weights.zero_()
+    assert torch.equal(stage.weights, found[2])
 
 
 def test_batches_carry_the_weights_of_their_examples():
