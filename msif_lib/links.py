@@ -455,6 +455,9 @@ class Stopped(_Curved):
     def of(cls, stage: Stage, path: Path, curvature: str = "hessian") -> Stopped:
         """The flow of a recorded training's own optimiser: its τ, P and δ.
 
+        Adam's P counts as a constant. Near an optimum it is one; far from it P moves with the
+        weights, and the flow leaves that out.
+
         Raises
         ------
         ValueError
