@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.handover import HandOver, check_continuity, gradient_size
-from msif_lib.kept import Kept, check_known, file_of
+from msif_lib.kept import Kept, check_known
 from msif_lib.links import (
     Asked,
     Frozen,
@@ -45,7 +45,7 @@ from msif_lib.stage import Stage
 from msif_lib.support.data import Batch
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.storage import begun, check_folder, rows_kept, sweep
+from msif_lib.support.storage import begun, check_out, file_of, rows_kept, sweep
 
 
 class StationarityWarning(UserWarning):
@@ -205,7 +205,8 @@ class Chain:
         out
             A folder in which scores are written as they come, for data larger than memory;
             ``values`` are then read from there when looked at. What is solved and scored is kept,
-            so that the same call goes on where an interrupted one stopped.
+            so that the same call goes on where an interrupted one stopped. A ``.npy`` file is
+            that of the first stage's scores, all else being kept beside it.
 
         Returns
         -------
@@ -216,7 +217,7 @@ class Chain:
         Raises
         ------
         ValueError
-            Test data or `of` that a :class:`Stage` would refuse; an `out` that is no folder, or
+            Test data or `of` that a :class:`Stage` would refuse; an `out` that is another file, or
             holds the scores of another problem.
         FloatingPointError
             A product or a score is not finite, or a solve found nothing.
@@ -258,7 +259,7 @@ class Chain:
         out: str | Path | None,
     ) -> _Call:
         """What :meth:`scores` was asked for, checked."""
-        folder = None if out is None else check_folder(out)
+        folder = None if out is None else check_out(out)
         chosen = {} if of is None else dict(of) if isinstance(of, Mapping) else {0: of}
         if not set(chosen) <= set(range(len(self.links))):
             raise ValueError(
@@ -291,7 +292,7 @@ class Chain:
 
     def _scores(self, call: _Call, number: int, pulled: PulledBack) -> Scores:
         """−∇ℓ_iᵀ u of the examples of a stage, or the scores that its link gave."""
-        path = None if call.kept is None else file_of(call.kept.folder, number)
+        path = None if call.kept is None else call.kept.file(number)
         stage, own = self.links[number].stage, number not in call.scored
 
         def columns(found: Tensor) -> Tensor:

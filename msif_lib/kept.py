@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -15,12 +16,7 @@ from msif_lib.solvers import Identity, SolveReport, SolverWarning
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
-from msif_lib.support.storage import begun, kept
-
-
-def file_of(folder: Path, number: int) -> Path:
-    """Where the scores of a stage are written."""
-    return folder / f"stage-{number}.npy"
+from msif_lib.support.storage import begun, file_of, kept
 
 
 def check_known(link: Link) -> None:
@@ -40,20 +36,26 @@ def check_known(link: Link) -> None:
 
 
 class Kept:
-    """What the links gave, in a folder, each under its key."""
+    """What the links gave, in a folder or beside a file, each under its key."""
 
-    def __init__(self, folder: Path, keys: Sequence[str]) -> None:
-        self.folder, self._keys = folder, keys
+    def __init__(self, out: Path, keys: Sequence[str]) -> None:
+        self._out, self._keys = out, keys
+
+    def file(self, number: int) -> Path:
+        """Where the scores of a stage are written."""
+        return file_of(self._out, number)
 
     def walk(self, number: int) -> Keep:
         """Where the walk back through a stage is kept after each part of it."""
-        name = f"{file_of(self.folder, number).name}.walk-{self._keys[number][:16]}"
-        return _Walk(Checkpoint(self.folder), name)
+        file = self.file(number)
+        name = f"{file.name}.walk-{self._keys[number][:16]}"
+        return _Walk(Checkpoint(file.parent), name)
 
     def _forget_walks(self, number: int) -> None:
         """Also those of other problems, which were interrupted before anything was found."""
-        for file in self.folder.glob(f"{file_of(self.folder, number).name}.walk-*.pt"):
-            file.unlink(missing_ok=True)
+        file = self.file(number)
+        for walk in file.parent.glob(f"{glob.escape(file.name)}.walk-*.pt"):
+            walk.unlink(missing_ok=True)
 
     def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
         """What a link gave, or gives now."""
@@ -66,7 +68,7 @@ class Kept:
                 "reports": reports,
             }  # fmt: skip
 
-        path = file_of(self.folder, number)
+        path = self.file(number)
         solved = begun(path)
         known = kept(path, self._keys[number], plain, reader)
         if reader.first_process:

@@ -278,10 +278,20 @@ def test_half_precision_is_kept_in_single(mlp, tmp_path):
 def test_paths_that_cannot_be_written_are_refused_before_any_work(mlp, tmp_path, monkeypatch):
     influence = run(mlp)
     forbid_work(monkeypatch, "solve")
-    with pytest.raises(ValueError, match=r"out must be a folder .*, not the file scores\.npy"):
-        influence.scores(mlp.test_data, out="scores.npy")
+    (tmp_path / "scores.csv").touch()
+    with pytest.raises(ValueError, match=r"out must be a folder .*, not the file .*scores\.csv"):
+        influence.scores(mlp.test_data, out=tmp_path / "scores.csv")
     with pytest.raises(ValueError, match=r"out: the folder .*nowhere does not exist"):
         influence.scores(mlp.test_data, out=tmp_path / "nowhere" / "scores")
+
+
+def test_a_file_of_its_own_for_the_scores_of_the_first_stage(mlp, tmp_path, monkeypatch):
+    out = tmp_path / "scores.npy"
+    scores = run(mlp).scores(mlp.test_data, out=out)
+    assert np.array_equal(np.load(out), scores.values.numpy())
+    assert all(file.name.startswith("scores") for file in tmp_path.iterdir())
+    forbid_work(monkeypatch, "solve", "directional_derivatives")
+    assert torch.equal(run(mlp).scores(mlp.test_data, out=out).values, scores.values)
 
 
 def test_a_score_that_is_not_finite_is_not_written(tmp_path):

@@ -1,6 +1,7 @@
 """Long work on disk, so that what was interrupted goes on where it stopped.
 
-In the folder of a call stand, for its stage number k,
+In the folder of a call stand, for its stage number k (or, where a file is named for the scores of
+the first stage, beside that file and with its name),
 
     stage-k.npy                the scores
     stage-k.npy.solution.pt    the solved right-hand sides and the reports of their solves
@@ -64,23 +65,30 @@ class Scored(Protocol):
 # --- files -------------------------------------------------------------------------------------
 
 
-def check_folder(out: str | Path) -> Path:
-    """A folder in which scores can be kept, made if need be.
+def check_out(out: str | Path) -> Path:
+    """Where scores can be kept: a folder, made if need be, or a ``.npy`` file in one.
 
     Raises
     ------
     ValueError
-        It is a file, or names one; the folder that it lies in does not exist.
+        It is another file; the folder that it lies in does not exist.
     """
-    folder = Path(out)
-    if folder.is_file() or folder.suffix == ".npy":
-        raise ValueError(
-            f"out must be a folder for the scores of all stages, not the file {folder}"
-        )
-    if not folder.parent.is_dir():
-        raise ValueError(f"out: the folder {folder.parent} does not exist")
-    folder.mkdir(exist_ok=True)
-    return folder
+    path = Path(out)
+    if not path.parent.is_dir():
+        raise ValueError(f"out: the folder {path.parent} does not exist")
+    if path.suffix == ".npy" and not path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"out must be a folder for the scores of all stages, not the file {path}")
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def file_of(out: Path, number: int) -> Path:
+    """The file of a stage's scores: ``stage-k.npy`` in a folder, or the first stage's own."""
+    if out.is_dir():
+        return out / f"stage-{number}.npy"
+    return out.with_name(f"{out.stem}-stage-{number}.npy") if number else out
 
 
 def _beside(path: Path, ending: str) -> Path:
