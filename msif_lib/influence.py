@@ -259,7 +259,7 @@ class Chain:
         out: str | Path | None,
     ) -> _Call:
         """What :meth:`scores` was asked for, checked."""
-        folder = None if out is None else check_out(out)
+        path = None if out is None else check_out(out)
         chosen = {} if of is None else dict(of) if isinstance(of, Mapping) else {0: of}
         if not set(chosen) <= set(range(len(self.links))):
             raise ValueError(
@@ -267,11 +267,11 @@ class Chain:
             )
         scored = {
             number: self.links[number].stage.with_data(
-                data, "of", folder is None or not begun(file_of(folder, number))
+                data, "of", path is None or not begun(file_of(path, number))
             )
             for number, data in chosen.items()
         }
-        kept = None if folder is None else Kept(folder, self._keys(test, per_test, scored))
+        kept = None if path is None else Kept(path, self._keys(test, per_test, scored))
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
 
     def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
