@@ -86,6 +86,9 @@ class Path:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def __repr__(self) -> str:
+        return f"Path({len(self)} steps of {self.optimiser}, time {self.time:.4g})"
+
     def steps(self, stage: Stage) -> Steps:
         """The steps of this training as functions of a stage's parameters."""
         return Steps(
@@ -184,6 +187,11 @@ class Path:
             raise ValueError(
                 "start differs from the stage in parameters that the stage does not train; say "
                 "which were trained by Stage(trained=...) or requires_grad"
+            )
+        if torch.equal(first, end):
+            raise ValueError(
+                "start is where the training ended: a state_dict holds the parameters themselves, "
+                "which move; give copy.deepcopy(model.state_dict()), taken before training"
             )
         indices = [torch.as_tensor(batch, dtype=torch.long).cpu() for batch in taken]
         steps = Steps(stage, first, indices, optimiser, learning_rates, noise_seed, augment)

@@ -171,6 +171,26 @@ def check_start(over: HandOver, before: Link, link: Link, first: str, second: st
         )
 
 
+def check_carried_on(before: Link, link: Link, first: str, second: str) -> None:
+    """What begins, or stays, where the stage before trained it depends on it: it must be shared."""
+    stage, start = link.stage, link.begins_at()
+    numbers = [n for n in stage.own if start is not None or n not in link.block]
+    theirs = before.stage.parameters.views(before.vector())
+    ours = stage.parameters.views(link.vector() if start is None else start)
+    trained = {before.stage.names[n]: theirs[n] for n in before.block}
+    for name, value in ((stage.names[n], ours[n]) for n in numbers):
+        other = trained.get(name)
+        # A constant, as a bias of zeros, is equal by how it was made.
+        if other is None or other.shape != value.shape or bool((value == value.flatten()[0]).all()):
+            continue
+        if torch.equal(other, value):
+            raise ValueError(
+                f"{name} of {second} goes on from where {first} ended, but is not shared, so that "
+                "what depends on it would be left out; say so: Stage.of(model, loss, data, "
+                "shared='*'), with the module of an embedding and a head as stage.model"
+            )
+
+
 def check_modules(links: Sequence[Link], names: Sequence[str]) -> None:
     """No stage whose parameters are read from its modules may have had them trained later on."""
     for number, early in enumerate(links):
@@ -238,6 +258,7 @@ def check_continuity(
     check_modules(links, names)
     for over, pair, called in zip(hand_overs, pairwise(links), pairwise(names)):
         check_start(over, *pair, *called)
+        check_carried_on(*pair, *called)
         _say_where_cut(pair[1], called[1])
 
 

@@ -98,12 +98,13 @@ class Chain:
     def __init__(
         self, links: Sequence[Link], stationarity_tol: float = 1e-4, progress: bool = True
     ) -> None:
-        self.links = tuple(links)
+        self.links = () if isinstance(links, Link) else tuple(links)
         if not self.links or not all(isinstance(link, Link) for link in self.links):
             raise ValueError(
                 "links must be links of msif_lib.links, one a stage: [Optimum(pretrain), ...]"
             )
         self.progress, self.gradient_norms = progress, dict[str, float]()
+        self._check_modules()
         stages, names = [link.stage for link in self.links], self._arguments()
         self._hand_overs = [
             HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
@@ -131,6 +132,10 @@ class Chain:
         if len(self.links) != 2:
             return tuple(f"stage {number}" for number in range(len(self.links)))
         return "pretrain", "tuned" if isinstance(self.links[1], Proximal) else "finetune"
+
+    def _check_modules(self) -> None:
+        for link in self.links:
+            link.stage.check_module()
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -175,6 +180,7 @@ class Chain:
         """
         if not 0 <= stage < len(self.links) - 1:
             raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
+        self._check_modules()
         cotangent = _checked(cotangent, self._last())
         for number in range(len(self.links) - 1, stage + 1, -1):
             pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
@@ -276,6 +282,7 @@ class Chain:
 
     def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
         """λ = dq/dx from link to link, and what each gives; the last first."""
+        self._check_modules()
         cotangent = call.gradients
         for number in range(len(self.links) - 1, -1, -1):
             link, kept = self.links[number], call.kept
@@ -358,6 +365,7 @@ class Chain:
         """
         if len(self.links) > 1:
             raise ValueError("self-influence is of one training: make a Chain of that link alone")
+        self._check_modules()
         (link,), stage = self.links, self._last()
         wanted = torch.arange(stage.size)
         if indices is not None:

@@ -143,6 +143,12 @@ class Link(ABC):
     # Whether the trained parameters are read from the stage's modules, not from a record.
     reads_modules: ClassVar[bool] = True
 
+    def _check_stage(self) -> None:
+        if not isinstance(self.stage, Stage):
+            raise TypeError(
+                f"{type(self).__name__} takes a Stage first, not {type(self.stage).__name__}"
+            )
+
     @property
     def block(self) -> Block:
         """Numbers of the parameters that this link's training moves."""
@@ -244,6 +250,7 @@ class _Stationary(_Curved):
     solver: Solver
 
     def __post_init__(self) -> None:
+        self._check_stage()
         check_solver("solver", self.solver)
         self._check_curvature()
 
@@ -442,7 +449,12 @@ class Stopped(_Curved):
     max_iterations: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_stage()
         self._check_curvature()
+        if isinstance(self.time, Path):
+            raise TypeError(
+                "time must be a number, path.time; Stopped.of(stage, path) takes a path"
+            )
         if not 0 < self.time < float("inf"):
             raise ValueError(f"time must be positive and finite, not {self.time}")
         size, decay = self.stage.parameters.size, torch.as_tensor(self.decay)
@@ -540,6 +552,11 @@ class Unrolled(Link):
     reads_modules: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self._check_stage()
+        if not isinstance(self.path, Path):
+            raise TypeError(
+                f"path must be a Path, from descend or Path.record, not {type(self.path).__name__}"
+            )
         check_path(self.stage, self.path)
 
     def vector(self) -> Tensor:

@@ -263,10 +263,11 @@ def batched(terms: Terms) -> BatchedObjective:
     def objective(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         x = x.detach().requires_grad_()
         value, gradient = x.new_zeros(len(x)), torch.zeros_like(x)
-        for term in terms(x, which):
-            if term.requires_grad:
-                gradient += torch.autograd.grad(term.sum(), x)[0]
-            value += term.detach()
+        with torch.enable_grad():
+            for term in terms(x, which):
+                if term.requires_grad:  # a penalty may be constant
+                    gradient += torch.autograd.grad(term.sum(), x)[0]
+                value += term.detach()
         return value, gradient
 
     return objective

@@ -23,7 +23,6 @@ from torch.utils.data import BatchSampler
 
 from msif_lib.optimisers import Optimiser, Rate, State, clipped
 from msif_lib.stage import Stage
-from msif_lib.support.checks import check_modes
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.functional import (
     GraphNotCountable,
@@ -188,7 +187,7 @@ class Steps:
                     "stage"
                 )
         if self.noise_seed is None:
-            check_modes(self.stage.model)
+            self.stage.check_module()
         for name, module in self.stage.model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
                 raise ValueError(

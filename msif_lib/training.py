@@ -95,6 +95,7 @@ class TrainingReport:
     escapes: int
 
 
+@torch.enable_grad()
 def train(
     stage: Stage,
     tol: float = 1e-8,

@@ -174,7 +174,9 @@ class Examples:
         settings = self._loader
         if indices != range(self._size):
             settings = settings | {"dataset": Subset(settings["dataset"], indices)}
-        for batch in DataLoader(batch_size=batch_size, shuffle=False, **settings):
+        # A generator of its own: the loader would draw its seed from the user's.
+        own = torch.Generator()
+        for batch in DataLoader(batch_size=batch_size, generator=own, **settings):
             if not isinstance(batch, list | tuple) or len(batch) != 2:
                 raise ValueError("each item of the data set must be a pair (inputs, targets)")
             yield batch[0], batch[1]

@@ -227,6 +227,21 @@ class Model:
         """Parameters by their names."""
         return dict(zip(self.names, parts, strict=True))
 
+    def check_module(self) -> None:
+        """Refuse a module that was changed, or set to training, since the stage was made of it.
+
+        Raises
+        ------
+        ValueError
+            Parameters were exchanged or added; dropout or BatchNorm in training mode.
+        """
+        if {*map(id, self.model.parameters())} != {*map(id, self.parameters.tensors)}:
+            raise ValueError(
+                "the module has other parameters than when the stage was made of it (a layer was "
+                "exchanged or added); make the stage again"
+            )
+        check_modes(self.model)
+
     def outputs(self, w: Tensor, h: Tensor, inputs: Nested) -> Any:
         """The model's outputs at shared parameters `w` ``(p_W,)`` and own ones `h` ``(p_U,)``."""
         return self.batch_outputs(self._parts_of(w, h), inputs)
