@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from operator import itemgetter
 from typing import Any
@@ -24,7 +24,7 @@ from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint
-from msif_lib.support.data import Nested, concatenate, leaves, map_leaves
+from msif_lib.support.data import Batch, Nested, concatenate, leaves, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.minimise import (
     AbsoluteInverse,
@@ -279,22 +279,13 @@ def stage_terms(stage: Stage, block: Block, coefficients: Tensor, vectors: Tenso
     The others are those of `vectors` ``(R, p)``.
     """
 
-    def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
-        yield _penalties(stage, block, x, vectors[which])
-        start = 0
-        for batch in stage.batches():
-            losses = for_each_model(
-                lambda rows, vector, b=batch: stage.batch_losses(
-                    stage.parameters.parts(vector, (block, rows)), *b
-                ),
-                x,
-                vectors[which],
-            )
-            stop = start + losses.shape[1]
-            yield (coefficients[which, start:stop] * losses).sum(1)
-            start = stop
+    def losses(batch: Batch, x: Tensor, which: Tensor) -> Tensor:
+        def of_one(rows: Tensor, vector: Tensor) -> Tensor:
+            return stage.batch_losses(stage.parameters.parts(vector, (block, rows)), *batch)
 
-    return terms
+        return for_each_model(of_one, x, vectors[which])
+
+    return _summed(stage, block, coefficients, vectors, stage.batches, losses)
 
 
 def _terms_on_features(stage: Stage, block: Block, coefficients: Tensor, vectors: Tensor) -> Terms:
@@ -306,20 +297,35 @@ def _terms_on_features(stage: Stage, block: Block, coefficients: Tensor, vectors
             for inputs, targets in stage.batches()
         ]
 
+    def losses(batch: Batch, x: Tensor, which: Tensor) -> Tensor:
+        features, targets = batch
+
+        def of_one(rows: Tensor, vector: Tensor, own: Nested) -> Tensor:
+            parts = stage.parameters.parts(vector, (block, rows))
+            return stage.feature_losses(parts, own, targets)
+
+        return for_each_model(of_one, x, vectors[which], map_leaves(itemgetter(which), features))
+
+    return _summed(stage, block, coefficients, vectors, lambda: embedded, losses)
+
+
+def _summed(
+    stage: Stage,
+    block: Block,
+    coefficients: Tensor,
+    vectors: Tensor,
+    batches: Callable[[], Iterable[Batch]],
+    losses: Callable[[Batch, Tensor, Tensor], Tensor],
+) -> Terms:
+    """R and a weighted sum for each batch, of losses ``(r, b)`` by batch, rows and models."""
+
     def terms(x: Tensor, which: Tensor) -> Iterator[Tensor]:
         yield _penalties(stage, block, x, vectors[which])
         start = 0
-        for features, targets in embedded:
-            losses = for_each_model(
-                lambda rows, vector, f, t=targets: stage.feature_losses(
-                    stage.parameters.parts(vector, (block, rows)), f, t
-                ),
-                x,
-                vectors[which],
-                map_leaves(lambda leaf: leaf[which], features),
-            )
-            stop = start + losses.shape[1]
-            yield (coefficients[which, start:stop] * losses).sum(1)
+        for batch in batches():
+            found = losses(batch, x, which)
+            stop = start + found.shape[1]
+            yield (coefficients[which, start:stop] * found).sum(1)
             start = stop
 
     return terms
