@@ -18,10 +18,13 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from msif_lib.support.buffers import Held
 from msif_lib.support.data import Nested
 
 # The code of every backward that is marked once_differentiable.
 _ONCE = once_differentiable(abs).__code__
+# Kinds of devices for which torch has autocast.
+_AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
 
 
 class DerivativeError(RuntimeError):
@@ -29,8 +32,27 @@ class DerivativeError(RuntimeError):
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Autocast off: it would round products to half precision in forward and backward passes."""
+    rounding = [kind for kind in _AUTOCASTING if torch.is_autocast_enabled(kind)]
+    if not rounding:
+        yield
+        return
+    with ExitStack() as stack:
+        for kind in rounding:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
 def differentiable_kernels(recurrent: bool) -> Iterator[None]:
     """Kernels that have second and forward-mode derivatives, which the fused ones have not."""
+    with full_precision(), _unfused(recurrent):
+        yield
+
+
+@contextmanager
+def _unfused(recurrent: bool) -> Iterator[None]:
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     cuda = torch.backends.cuda
     fused = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
@@ -159,6 +181,7 @@ class PureModule:
 
     def __init__(self, module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> None:
         self.module = module
+        self.held = Held(module)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         # Each parameter under every name it has; a submodule used twice is named once, or
         # functional_call would not put its own parameters back.
@@ -169,7 +192,15 @@ class PureModule:
         ]
 
     def __call__(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
-        """The module's output for `inputs` with `parts` for its parameters, by their numbers."""
+        """The module's output for `inputs` with `parts` for its parameters, by their numbers.
+
+        Buffers and attributes that the evaluation moves are copies; the module's stay.
+        """
+        with self.held.copies():
+            return self.evaluate(parts, inputs)
+
+    def evaluate(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
+        """The same, what it moves being the module's own."""
         values = {name: parts[number] for name, number in self._names}
         with differentiable_kernels(self.recurrent):
             return functional_call(self.module, values, (inputs,), tie_weights=False)

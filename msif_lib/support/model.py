@@ -89,9 +89,11 @@ class Model:
             else self.block(trained, "trained")
         )
         self._pure = PureModule(model, self.parameters.numbers)
+        self._pures = [self._pure]
         if isinstance(model, EmbeddingAndHead):
             self._pure_embedding = PureModule(model.embedding, self.parameters.numbers)
             self._pure_head = PureModule(model.head, self.parameters.numbers)
+            self._pures += [self._pure_embedding, self._pure_head]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -241,6 +243,8 @@ class Model:
                 "exchanged or added); make the stage again"
             )
         check_modes(self.model)
+        for pure in self._pures:
+            pure.held.forget()
 
     def outputs(self, w: Tensor, h: Tensor, inputs: Nested) -> Any:
         """The model's outputs at shared parameters `w` ``(p_W,)`` and own ones `h` ``(p_U,)``."""
