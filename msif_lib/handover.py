@@ -13,7 +13,7 @@ from torch.func import vjp
 from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.parameters import Block, aliases_of
+from msif_lib.support.parameters import Block, aliases_of, overlapping
 
 # Examples whose gradients give the size that a stage's own gradient is held against.
 _COMPARED = 32
@@ -105,8 +105,8 @@ class HandOver:
         theirs = dict(self.before.model.named_buffers())
         return all(
             name in theirs and torch.equal(buffer, theirs[name])
-            for name, buffer in self.after.model.named_buffers()
-            if self.after.is_shared(name) and (name in theirs or self.after.composed)
+            for name, buffer in self.after.shared_buffers().items()
+            if name in theirs or self.after.composed
         )
 
     def same(self, one: Tensor, other: Tensor) -> bool:
@@ -133,7 +133,8 @@ class HandOver:
 
     def _pulled_any_way(self, vector: Tensor) -> Tensor:
         given = self.value(vector)
-        return self.pull_back(torch.linspace(1, 2, len(given)).to(given)[:, None], vector)
+        any_way = torch.linspace(1, 2, len(given), dtype=given.dtype, device=given.device)
+        return self.pull_back(any_way[:, None], vector)
 
     def pull_back(self, handed: Tensor, vector: Tensor) -> Tensor:
         """From dq/dc ``(p_W, k)`` to the parameters of the stage before, ``(p, k)``."""
@@ -196,10 +197,11 @@ def check_modules(links: Sequence[Link], names: Sequence[str]) -> None:
     for number, early in enumerate(links):
         if not early.reads_modules:
             continue
-        theirs = set(early.stage.parameters.tensors)
+        theirs = early.stage.parameters.tensors
         for late, name in zip(links[number + 1 :], names[number + 1 :]):
             stage = late.stage
-            same = [stage.names[n] for n in late.block if stage.parameters.tensors[n] in theirs]
+            trained = [stage.parameters.tensors[n] for n in late.block]
+            same = [stage.names[late.block[n]] for n, _ in overlapping(trained, theirs)]
             if same:
                 raise ValueError(
                     f"{type(late).__name__} trains {same[0]} of {name}, and {names[number]} and it "

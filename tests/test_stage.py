@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from problems import F64, check, log_loss
 from torch import Tensor, nn
 
-from msif_lib import Chain, Stage, UpdatedEmbeddingInfluence
+from msif_lib import Chain, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.links import Frozen, Optimum, Proximal, Stopped, Unrolled
 from msif_lib.solvers import Dense
+from msif_lib.support.parameters import overlapping
 from msif_lib.training import SGD, descend
 
 pytestmark = pytest.mark.numeric
@@ -551,3 +552,74 @@ def test_chains_of_no_links():
     for links in ([], [stage_of()], [Optimum]):
         with pytest.raises(ValueError, match=r"links must be links of msif_lib.links"):
             Chain(links, progress=False)
+
+
+# --- who owns which parameter: what lies in the same memory is the same --------------------------
+
+
+def test_parameters_over_the_same_memory_are_found_whatever_objects_they_are():
+    flat = torch.arange(12.0)
+    rows, columns = flat[:6].view(2, 3), flat.view(3, 4)
+    parts = [flat[6:], columns[:, :2], columns[:, 2:], torch.zeros(0), torch.zeros(3)]
+    assert overlapping(parts, parts[1:3]) == [(0, 0), (0, 1), (1, 0), (2, 1)]
+    assert overlapping([rows.detach()], [rows]) == [(0, 0)]
+    assert overlapping([flat.to("meta")], [flat, flat.to("meta")]) == []
+    assert overlapping([flat.view(torch.float64)[:1]], [flat[2:], flat[1:2]]) == [(0, 1)]
+
+
+def same_memory(module: nn.Module) -> nn.Module:
+    """Other Parameter objects over the same memory."""
+    other = copy.deepcopy(module)
+    for (_, ours), theirs in zip(other.named_parameters(), module.parameters(), strict=True):
+        ours.data = theirs.data
+    return other
+
+
+def test_a_wrapper_around_the_memory_of_an_earlier_stage_is_no_copy():
+    embedding = nn.Linear(4, 3).double()
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 2
+    first = Stage(embedding, nn.Linear(3, 2).double(), cross_entropy, (x, y), l2=0.1)
+    second = Stage(same_memory(embedding), nn.Linear(3, 2).double(), cross_entropy, (x, y), l2=0.1)
+    with pytest.raises(ValueError, match=r"hold the same module; give tuned a copy \(copy.deepc"):
+        UpdatedEmbeddingInfluence(first, second, alpha=0.1)
+
+
+def test_parameters_that_came_to_share_their_memory_are_noticed():
+    embedding, head = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+    x, y = torch.randn(9, 3).double(), torch.arange(9) % 3
+    stage = Stage(embedding, head, cross_entropy, (x, y), l2=0.1)
+    head.weight.data = embedding.weight.data
+    with pytest.raises(ValueError, match=r"head\.weight shares its memory with embedding\.weight"):
+        stage.check_module()
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_running_statistics_without_weights_belong_to_the_layer_before(mapped):
+    """Frozen keeps them too, under whatever name the stage before has them."""
+
+    def model(shift: float, name: str) -> nn.Module:
+        norm = nn.BatchNorm1d(3, affine=False)
+        norm.running_mean += shift
+        parts = {name: nn.Sequential(nn.Linear(4, 3), norm), "last": nn.Linear(3, 2)}
+        module = nn.Sequential()
+        for called, part in parts.items():
+            module.add_module(called, part)
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        return module.double().eval()
+
+    data, name = (torch.randn(9, 4).double(), torch.arange(9) % 2), "backbone" if mapped else "body"
+    first = Stage.of(model(0.0, name), cross_entropy, data, l2=0.1)
+    shared = {"body.*": "backbone.*"} if mapped else "body.*"
+    for shift in (0.0, 1.0):
+        second = Stage.of(model(shift, "body"), cross_entropy, data, l2=0.1, shared=shared)
+        assert set(second.shared_buffers()) == {
+            f"{name}.1.{one}" for one in ("running_mean", "running_var", "num_batches_tracked")
+        }
+        links = [Optimum(first), Frozen(second)]
+        if shift:
+            with pytest.raises(ValueError, match="Frozen keeps what is shared fixed, but the buff"):
+                Chain(links, stationarity_tol=float("inf"), progress=False)
+        else:
+            Chain(links, stationarity_tol=float("inf"), progress=False)

@@ -9,29 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from msif_lib.support.data import Batch, Nested, leaves, map_leaves
+from msif_lib.support.parameters import overlapping
 from msif_lib.support.reader import Reader
 
 # Examples on which it is tried whether the loss of one depends on the others.
 _PROBED = 8
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether two parameters share memory; disjoint views of one flat buffer do not."""
-    if a.device.type == "meta" or not (a.numel() and b.numel()):
-        return a is b
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
-
-    def span(tensor: Tensor) -> tuple[int, int]:
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        first = int(tensor.storage_offset())
-        return first, first + sum(int(size - 1) * int(stride) for size, stride in steps)
-
-    (a_first, a_last), (b_first, b_last) = span(a), span(b)
-    return a_first <= b_last and b_first <= a_last
 
 
 def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
@@ -46,6 +32,11 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         raise ValueError("the model has no parameters at all")
     first_name, first = named[0]
     for name, parameter in named:
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name} has no shape yet; call the module once on some inputs, so that its lazy "
+                "layers are made"
+            )
         if not parameter.is_floating_point():
             raise ValueError(f"{name} is {parameter.dtype}; parameters must be real floats")
         if parameter.dtype != first.dtype:
@@ -58,13 +49,24 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
                 f"mixed devices: {first_name} is on {first.device}, {name} on "
                 f"{parameter.device}; move the modules with .to(device)"
             )
-    for number, (name, parameter) in enumerate(named):
-        for other, theirs in named[:number]:
-            if _overlap(parameter, theirs):
-                raise ValueError(
-                    f"{name} shares its memory with {other} without being the same parameter; "
-                    "tie them as one torch.nn.Parameter, or untie them"
-                )
+    check_memory(named)
+
+
+def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """No two parameters over the same memory.
+
+    Raises
+    ------
+    ValueError
+        There are; the message names them.
+    """
+    tensors = [parameter for _, parameter in named]
+    for number, other in overlapping(tensors, tensors):
+        if other < number:
+            raise ValueError(
+                f"{named[number][0]} shares its memory with {named[other][0]} without being the "
+                "same parameter; tie them as one torch.nn.Parameter, or untie them"
+            )
 
 
 def check_settings(l2: float, batch_size: int, memory_budget: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msif_lib.support.checks import check_modes, check_parameters
+from msif_lib.support.checks import check_memory, check_modes, check_parameters
 from msif_lib.support.data import Nested
 from msif_lib.support.functional import PureModule, differentiable_kernels
 from msif_lib.support.parameters import Block, Parameters, aliases_of, matching
@@ -119,18 +119,33 @@ class Model:
         """The name that a shared parameter has in the stage before."""
         name = self.names[number]
         aliases = [also for also, first in aliases_of(self.model).items() if first == name]
-        for known in (name, *aliases):
-            for ours, theirs in (self.mapping or {}).items():
-                if fnmatchcase(known, ours):
-                    return theirs[:-1] + known[len(ours) - 1 :] if ours.endswith("*") else theirs
-        return name
+        return next((there for known in (name, *aliases) if (there := self._there(known))), name)
 
-    def is_shared(self, buffer: str) -> bool:
-        """Whether a buffer belongs to the embedding, or to a module with a shared parameter."""
-        if self.composed:
-            return buffer.startswith("embedding.")
-        modules = {self.names[number].rpartition(".")[0] for number in self.shared}
-        return buffer.rpartition(".")[0] in modules
+    def _there(self, known: str) -> str | None:
+        """What the stage before calls a parameter or buffer, where the mapping says it."""
+        for ours, theirs in (self.mapping or {}).items():
+            if fnmatchcase(known, ours):
+                return theirs[:-1] + known[len(ours) - 1 :] if ours.endswith("*") else theirs
+        return None
+
+    def shared_buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to what is shared, by their names in the stage before.
+
+        A buffer belongs to the parameters of its own module, or, where that has none (a
+        normalisation without weights), to those of the layer before it.
+        """
+        modules = list(self.model.named_modules())
+        whose: list[bool | None] = [
+            any(self.parameters.numbers[p] in self.shared for p in own) if own else None
+            for own in (list(module.parameters(recurse=False)) for _, module in modules)
+        ]
+        near, found = next((is_shared for is_shared in whose if is_shared is not None), False), {}
+        for (prefix, module), is_shared in zip(modules, whose, strict=True):
+            near = near if is_shared is None else is_shared
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if name.startswith("embedding.") if self.composed else near:
+                    found[self._there(name) or name] = buffer
+        return found
 
     def _two_modules(self) -> EmbeddingAndHead:
         if not isinstance(self.model, EmbeddingAndHead):
@@ -235,13 +250,15 @@ class Model:
         Raises
         ------
         ValueError
-            Parameters were exchanged or added; dropout or BatchNorm in training mode.
+            Parameters were exchanged or added, or two came to share their memory; dropout or
+            BatchNorm in training mode.
         """
         if {*map(id, self.model.parameters())} != {*map(id, self.parameters.tensors)}:
             raise ValueError(
                 "the module has other parameters than when the stage was made of it (a layer was "
                 "exchanged or added); make the stage again"
             )
+        check_memory(list(zip(self.names, self.parameters.tensors, strict=True)))
         check_modes(self.model)
         for pure in self._pures:
             pure.held.forget()

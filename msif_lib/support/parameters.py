@@ -1,7 +1,12 @@
-"""A model's parameters as one flat vector: which entries are whose."""
+"""A model's parameters as one flat vector: which entries are whose.
+
+A parameter is what lies in its memory: two tensors over the same memory are one, whatever objects
+they are.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -38,6 +43,46 @@ def matching(
             raise ValueError(f"{argument}: no parameter is called {pattern!r}; there are {names}")
         chosen |= fitting
     return [name for name in names if name in chosen]
+
+
+def overlapping(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of numbers, of one of ours and one of theirs, that share memory.
+
+    Disjoint views of one buffer share none.
+    """
+    among = defaultdict(list)
+    for number, tensor in enumerate(theirs):
+        among[_storage(tensor)].append((number, *_span(tensor)))
+    pairs = []
+    for number, tensor in enumerate(ours):
+        first, last = _span(tensor)
+        for other, their_first, their_last in among.get(_storage(tensor), ()):
+            meets = first <= their_last and their_first <= last
+            if meets and _meet(tensor, theirs[other]):
+                pairs.append((number, other))
+    return pairs
+
+
+def _storage(tensor: Tensor) -> tuple[str, int]:
+    if tensor.device.type == "meta" or not tensor.numel():
+        return "no memory", id(tensor)
+    return str(tensor.device), tensor.untyped_storage().data_ptr()
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The first and last byte in the storage."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    first, reach = int(tensor.storage_offset()), sum(int(n - 1) * int(step) for n, step in steps)
+    return first * tensor.itemsize, (first + reach + 1) * tensor.itemsize - 1
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an entry in common: columns of a matrix do not."""
+    if a is b or a.itemsize != b.itemsize:
+        return True
+    marks = torch.zeros(a.untyped_storage().nbytes() // a.itemsize, dtype=torch.bool)
+    marks.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(marks.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def aliases_of(module: nn.Module) -> dict[str, str]:
@@ -80,8 +125,8 @@ class Parameters:
 
     def load(self, vector: Tensor) -> None:
         """Write a flat vector ``(p,)`` into the parameters, in place."""
-        with torch.no_grad():
-            for parameter, value in zip(self.tensors, self.views(vector), strict=True):
+        for parameter, value in zip(self.tensors, self.views(vector), strict=True):
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
                 parameter.copy_(value)
 
     def views(self, leaf: Tensor, block: Block | None = None) -> list[Tensor]:
