@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp
 
 from msif_lib.preconditioner import (
     FEWEST_ROWS,
@@ -33,8 +33,9 @@ from msif_lib.support.functional import (
     require_second_derivatives,
     saved_bytes,
 )
-from msif_lib.support.operators import LinearOperator, differentiating
+from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
+from msif_lib.support.state import in_own_state
 
 #: The blocks of parameters that have a name.
 BlockName = Literal["joint", "embedding", "head", "trained"]
@@ -67,21 +68,19 @@ class _SecondDerivative(LinearOperator):
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
-        with differentiating():
-            # Made here, for a tensor of inference mode can be no leaf.
-            self._at = stage.vector() if at is None else at.clone()
-            # The graphs lead back to these leaves alone: where only the head is asked for, the
-            # embedding is evaluated as a constant.
-            take = stage.parameters.take
-            self._row_leaf = take(self._at, rows).detach().requires_grad_()
-            leaves = [(rows, self._row_leaf)]
-            self._column_leaf = self._row_leaf
-            if columns != rows:
-                self._column_leaf = take(self._at, columns).detach().requires_grad_()
-                leaves.append((columns, self._column_leaf))
-            self._parts = stage.parameters.parts(self._at, *leaves)
-            if memory_budget:
-                self._kept = self._recorded(memory_budget)
+        self._at = stage.vector() if at is None else at.clone()
+        # The graphs lead back to these leaves alone: where only the head is asked for, the
+        # embedding is evaluated as a constant.
+        take = stage.parameters.take
+        self._row_leaf = take(self._at, rows).detach().requires_grad_()
+        leaves = [(rows, self._row_leaf)]
+        self._column_leaf = self._row_leaf
+        if columns != rows:
+            self._column_leaf = take(self._at, columns).detach().requires_grad_()
+            leaves.append((columns, self._column_leaf))
+        self._parts = stage.parameters.parts(self._at, *leaves)
+        if memory_budget:
+            self._kept = self._recorded(memory_budget)
         self.shape = (self._row_leaf.numel(), self._column_leaf.numel())
 
     @property
@@ -227,8 +226,7 @@ class Hessian(_SecondDerivative):
         room = _PRECONDITIONER_MEMORY // diagonal.nbytes
         if room < FEWEST_ROWS or self.dtype.itemsize < 4:
             return None
-        with differentiating():
-            rows = gauss_newton_rows(self.stage, self._at, min(MOST_ROWS, room), self.block)
+        rows = gauss_newton_rows(self.stage, self._at, min(MOST_ROWS, room), self.block)
         return None if rows is None else GaussNewtonPreconditioner.from_rows(rows, diagonal)
 
 
@@ -288,26 +286,29 @@ class GaussNewton(LinearOperator):
         return self.stage.parameters.parts(self._vector, (self.block, leaf))
 
     def _batch_products(self, batch: Batch, weights: Tensor, columns: Tensor) -> Tensor:
-        """Σ w_i J_iᵀ ℓ''_i J_i v over one batch: forward, the loss's curvature, backward."""
+        """Σ w_i J_iᵀ ℓ''_i J_i v over one batch, by reverse mode alone.
+
+        u ↦ Jᵀu is linear, and its own pull-back is J: the same J on both sides, so that the matrix
+        is symmetric, also where forward mode is missing or, as of some operations, wrong.
+        """
         inputs, targets = batch
-
-        def outputs(leaf: Tensor) -> Tensor:
-            return self.stage.batch_outputs(self._parts(leaf), inputs)
-
+        leaf = self._at.clone().requires_grad_()
+        outputs = self.stage.batch_outputs(self._parts(leaf), inputs)
+        at = outputs.detach().requires_grad_()
         with self.stage.kernels():
-            at, pull_back = vjp(outputs, self._at)[:2]
-            at = at.detach().requires_grad_()
             loss = weights @ self.stage.loss(at, targets)
-            (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+        (slope,) = torch.autograd.grad(loss, at, create_graph=True)
+        if not (slope.requires_grad and outputs.requires_grad):  # no curvature, or no dependence
+            return torch.zeros_like(columns)
+        u = torch.zeros_like(at, requires_grad=True)
+        (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
 
-            def product(v: Tensor) -> Tensor:
-                moved = jvp(outputs, (self._at,), (v,))[1]
-                if not slope.requires_grad:  # a loss without curvature in the outputs
-                    return torch.zeros_like(v)
-                (curved,) = torch.autograd.grad(slope, at, moved, retain_graph=True)
-                return pull_back(curved)[0]
+        def product(v: Tensor) -> Tensor:
+            (moved,) = torch.autograd.grad(pulled, u, v, retain_graph=True)
+            (curved,) = torch.autograd.grad(slope, at, moved, retain_graph=True)
+            return torch.autograd.grad(outputs, leaf, curved, retain_graph=True)[0]
 
-            return torch.stack([product(v) for v in columns.unbind(1)], 1)
+        return torch.stack([product(v) for v in columns.unbind(1)], 1)
 
     def _product(self, columns: Tensor) -> Tensor:
         def penalty(leaf: Tensor) -> Tensor:
@@ -413,6 +414,7 @@ def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
     return tuple(sorted(set(block)))
 
 
+@in_own_state
 def proximal_hessian(stage: Stage, alpha: float) -> AddDiagonal:
     """K = [[F_WW + 2α I, F_WΘ], [F_ΘW, F_ΘΘ]], the Hessian of α‖W − W̄‖² + F(W, Θ).
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from msif_lib.optimisers import SGD, AdamW, Optimiser, State
 from msif_lib.stage import Stage
 from msif_lib.steps import Augment, Batches, Linearised, Steps, drawn_from
+from msif_lib.support.state import OwnState, in_own_state
 
 __all__ = [
     "SGD",
@@ -51,7 +52,7 @@ Recorded = tuple[Tensor, Linearised]
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class Path(OwnState):
     """A training as it went: all that it takes to repeat it and to walk it back.
 
     Attributes
@@ -193,7 +194,7 @@ class Path:
                 "start is where the training ended: a state_dict holds the parameters themselves, "
                 "which move; give copy.deepcopy(model.state_dict()), taken before training"
             )
-        indices = [torch.as_tensor(batch, dtype=torch.long).cpu() for batch in taken]
+        indices = [torch.as_tensor(batch, dtype=torch.long, device="cpu") for batch in taken]
         steps = Steps(stage, first, indices, optimiser, learning_rates, noise_seed, augment)
         way, differing = (end - first).norm(), []
 
@@ -243,6 +244,7 @@ def _as_vector(stage: Stage, state: Tensor | Mapping[str, Tensor]) -> Tensor:
     return state.detach().to(dtype=stage.dtype, device=stage.device, copy=True)
 
 
+@in_own_state
 def descend(
     stage: Stage,
     optimiser: Optimiser,
@@ -369,6 +371,7 @@ class Unwound:
     derivatives: Tensor
 
 
+@in_own_state
 def pull_back(
     stage: Stage,
     path: Path,
@@ -505,7 +508,7 @@ class _Walk:
         """All that changes along the way, by name."""
         buffers = {f"buffer {index}": rows for index, rows in enumerate(self.cotangent.buffers)}
         return {
-            "step": torch.tensor(self.step),
+            "step": torch.tensor(self.step, device="cpu"),
             "x": self.cotangent.x,
             "fixed": self.fixed,
             "derivatives": self.derivatives,
@@ -522,6 +525,7 @@ class _Walk:
 # --- many at once --------------------------------------------------------------------------------
 
 
+@in_own_state
 def run(stage: Stage, path: Path, weights: Tensor, start: Tensor, progress: bool = False) -> Tensor:
     """Take the steps of a path with other weights of the examples, or from other starts.
 

@@ -42,9 +42,11 @@ from msif_lib.links import (
 from msif_lib.scores import Scores as Scores
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import indices_of, whole
 from msif_lib.support.data import Batch
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.notices import warn_caller
+from msif_lib.support.state import OwnState
 from msif_lib.support.storage import begun, check_out, file_of, rows_kept, sweep
 
 
@@ -52,7 +54,7 @@ class StationarityWarning(UserWarning):
     """A stage is not at a stationary point of its objective, which its link assumes."""
 
 
-class Chain:
+class Chain(OwnState):
     """Trainings one after the other, each beginning with what the one before it handed on.
 
     Parameters
@@ -361,16 +363,18 @@ class Chain:
         Raises
         ------
         ValueError
-            The chain has more than one link.
+            The chain has more than one link; `indices` outside the training set; `at_once` below
+            1.
+        TypeError
+            `indices` or `at_once` that are no whole numbers.
         """
         if len(self.links) > 1:
             raise ValueError("self-influence is of one training: make a Chain of that link alone")
         self._check_modules()
         (link,), stage = self.links, self._last()
-        wanted = torch.arange(stage.size)
-        if indices is not None:
-            chosen = torch.as_tensor(indices).cpu()
-            wanted = wanted[chosen if chosen.numel() else chosen.long()]
+        at_once = whole("at_once", at_once, 1)
+        every = range(stage.size) if indices is None else indices
+        wanted = indices_of("indices", every, stage.size)
         values = torch.zeros(len(wanted), dtype=stage.dtype, device=stage.device)
         reports: list[SolveReport] = []
         theta, name = link.vector(), "self-influence"
@@ -390,7 +394,7 @@ class Chain:
             own = (
                 -(gradients * pulled.u).sum(0)
                 if pulled.u is not None
-                else pulled.scores[some, torch.arange(len(some))]  # type: ignore[index]
+                else pulled.scores[some].diagonal()  # type: ignore[index]
             )
             values[start : start + at_once] = own
         weights = stage.weights[wanted] if stage.weighted else None

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from msif_lib.solvers import FailedSolve, Operator, SolveReport, SolverWarning
 from msif_lib.support.notices import warn_caller
+from msif_lib.support.state import in_own_state
 
 #: A function of eigenvalues, entry by entry.
 Spectral = Callable[[Tensor], Tensor]
@@ -18,6 +19,7 @@ Spectral = Callable[[Tensor], Tensor]
 _LOOK_EVERY = 5
 
 
+@in_own_state
 def functions_of(
     operator: Operator,
     b: Tensor,

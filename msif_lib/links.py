@@ -34,6 +34,7 @@ from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
+from msif_lib.support.state import OwnState
 
 #: Curvatures that a solve may use, by name. The cross term J_cx is exact with each.
 CURVATURES: dict[str, Callable[[Stage, Block], LinearOperator]] = {
@@ -129,7 +130,7 @@ class PulledBack:
     reports: tuple[SolveReport, ...] = ()
 
 
-class Link(ABC):
+class Link(OwnState, ABC):
     """A stage, and how its parameters came from those that it was handed.
 
     Attributes
@@ -457,7 +458,8 @@ class Stopped(_Curved):
             )
         if not 0 < self.time < float("inf"):
             raise ValueError(f"time must be positive and finite, not {self.time}")
-        size, decay = self.stage.parameters.size, torch.as_tensor(self.decay)
+        size, at = self.stage.parameters.size, self.stage.vector()
+        decay = torch.as_tensor(self.decay, dtype=at.dtype, device=at.device)
         if not ((decay >= 0) & decay.isfinite()).all() or decay.shape not in ((), (size,)):
             raise ValueError(f"decay must be zero or positive, not {self.decay}")
         if self.scale is not None and (self.scale.shape != (size,) or not (self.scale > 0).all()):
@@ -515,10 +517,11 @@ class Stopped(_Curved):
         """H̃ = P^½ H P^½ + δI of what is trained."""
         ones = torch.ones_like(self.stage.vector())
         scale = ones if self.scale is None else self.scale.to(ones)
+        decay = torch.as_tensor(self.decay, dtype=ones.dtype, device=ones.device)
         return Scaled(
             self.operator,
             self._on_block(scale).sqrt(),
-            self._on_block(ones * torch.as_tensor(self.decay).to(ones)),
+            self._on_block(ones * decay),
         )
 
 

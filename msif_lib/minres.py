@@ -163,7 +163,7 @@ class _State:
             beta=v.new_zeros(v.shape[1], 0),
             d_1=moved[:, :0],
             d_2=moved[:, :0],
-            q_1=torch.eye(v.shape[1]).to(v),
+            q_1=torch.eye(v.shape[1], dtype=v.dtype, device=v.device),
             q_2=v.new_zeros(0, 0),
             phi=phi * lengths,
             moved=moved,

@@ -129,10 +129,12 @@ class Optimiser(ABC):
                 seen[number] = index
                 scale[number] = group.get("lr", self.lr) / self.lr
                 decay[number] = group.get(self._decay_name, self.decay)
-        counts = torch.tensor([stage.parameters.count((number,)) for number in stage.trained])
+        counts = torch.tensor(
+            [stage.parameters.count((number,)) for number in stage.trained], device="cpu"
+        )
 
         def spread(values: dict[int, float]) -> Tensor:
-            each = torch.tensor(list(values.values()), dtype=stage.dtype)
+            each = torch.tensor(list(values.values()), dtype=stage.dtype, device="cpu")
             return each.repeat_interleave(counts).to(stage.device)
 
         return spread(scale), spread(decay)

@@ -42,6 +42,7 @@ from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.jobs import as_finished
 from msif_lib.support.minimise import AbsoluteInverse, Minimum, minimise
+from msif_lib.support.state import in_own_state
 
 __all__ = [
     "AbsoluteInverse",
@@ -208,6 +209,7 @@ def _shows_the_call(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+@in_own_state
 @_shows_the_call
 def retrain_without(
     chain: Chain,

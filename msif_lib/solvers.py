@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from msif_lib.minres import Iterate, minimal_residual
 from msif_lib.support.notices import warn_caller
+from msif_lib.support.state import OwnState
 
 
 class Operator(Protocol):
@@ -123,7 +124,7 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class Solver(ABC):
+class Solver(OwnState, ABC):
     """A method for (A + λI) x = b; calling it is the same as :meth:`solve`.
 
     Attributes
@@ -340,7 +341,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.x, self.residual = torch.zeros_like(self.b), self.b.clone()
         self.norms, self.lengths = self.b.norm(dim=0), _norms(self.b)
-        self.iterations = torch.zeros(self.b.shape[1], dtype=torch.long)
+        self.iterations = torch.zeros(self.b.shape[1], dtype=torch.long, device="cpu")
 
     @property
     def target(self) -> Tensor:
@@ -609,7 +610,9 @@ class Dense(Solver):
         right = b.to(working)
         matrix = operator if isinstance(operator, Tensor) else operator.dense()  # type: ignore[attr-defined]
         matrix = _checked((matrix + matrix.T) / 2).to(working)
-        shifted = matrix + self.damping * torch.eye(len(matrix)).to(matrix)
+        shifted = matrix + self.damping * torch.eye(
+            len(matrix), dtype=working, device=matrix.device
+        )
         eps = torch.finfo(working).eps
         factor, failed = torch.linalg.cholesky_ex(shifted)
         pivots = factor.diagonal() ** 2

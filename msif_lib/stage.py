@@ -28,6 +28,7 @@ from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regul
 from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probes import Capabilities
 from msif_lib.support.reader import Reader
+from msif_lib.support.state import OwnState
 
 # Entries of the largest block of per-example gradients held at once (64 MB in float64).
 _GRADIENT_BLOCK = 2**23
@@ -52,7 +53,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
-class Stage(Model):
+class Stage(OwnState, Model):
     """One training stage: embedding, head, per-example loss, data and regularizer.
 
     The embedding is what the stage shares with others, the head is its own. A parameter that

@@ -67,11 +67,12 @@ class Batches(BatchSampler):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         self.n, self.batch_size = n, batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed)
         self.taken: list[Tensor] = []
 
     def __iter__(self) -> Iterator[list[int]]:
-        for indices in torch.randperm(self.n, generator=self._generator).split(self.batch_size):
+        order = torch.randperm(self.n, generator=self._generator, device="cpu")
+        for indices in order.split(self.batch_size):
             self.taken.append(indices)
             yield indices.tolist()
 

@@ -31,8 +31,10 @@ from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.notices import warn_caller
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
+from msif_lib.support.state import in_own_state
 
 __all__ = [
     "SGD",
@@ -95,7 +97,7 @@ class TrainingReport:
     escapes: int
 
 
-@torch.enable_grad()
+@in_own_state
 def train(
     stage: Stage,
     tol: float = 1e-8,
@@ -196,16 +198,16 @@ def train(
         escapes=escapes,
     )
     if not report.converged:
-        warnings.warn(
+        warn_caller(
             f"training ended at gradient norm {norm:.1e} (asked for {tol:.1e}) with a lowest "
             f"Hessian eigenvalue of {lowest:.1e} (a minimum has none below zero); allow more "
             "evaluations, add weight decay or use float64",
             TrainingWarning,
-            stacklevel=2,
         )
     return report
 
 
+@in_own_state
 def train_kept(
     stage: Stage,
     tol: float = 1e-8,
@@ -242,7 +244,7 @@ def train_kept(
     if found is None:
         report = train(stage, tol, **settings)
         values = {
-            field: torch.tensor(value, dtype=_KINDS[type(value)])
+            field: torch.tensor(value, dtype=_KINDS[type(value)], device="cpu")
             for field, value in asdict(report).items()
         }
         kept.put(name, {"vector": stage.vector(), **values})
@@ -326,14 +328,16 @@ def _adam(
     """Adam on shuffled mini-batches, the learning rate falling to zero along a cosine."""
     stage = objective.stage
     inputs, targets = stage.examples.tensors()
-    data = torch.utils.data.TensorDataset(torch.arange(stage.size))
+    data = torch.utils.data.TensorDataset(torch.arange(stage.size, device="cpu"))
     loader = torch.utils.data.DataLoader(
-        data, minibatch, shuffle=True, generator=torch.Generator().manual_seed(seed)
+        data, minibatch, shuffle=True, generator=torch.Generator("cpu").manual_seed(seed)
     )
     adam, steps = AdamW(learning_rate, weight_decay=0.0), epochs * len(loader)
     state = adam.begin(x.detach())
     for _ in range(epochs):
-        for (indices,) in loader:
+        with torch.device("cpu"):  # where the loader draws, whatever the caller's default
+            batches = list(loader)
+        for (indices,) in batches:
             batch = map_leaves(partial(_rows, indices=indices), (inputs, targets))
             batch = map_leaves(lambda leaf: leaf.to(stage.device), batch)
             weights = stage.weights[indices.to(stage.device)]
@@ -356,7 +360,7 @@ def _lbfgs(
     """SciPy's L-BFGS, until the tolerance or until values stop distinguishing points."""
 
     def function(values: np.ndarray) -> tuple[float, np.ndarray]:
-        point = torch.as_tensor(values).to(x)
+        point = torch.from_numpy(values).to(x)
         value, gradient = evaluate(point)
         return float(value), gradient.double().cpu().numpy()
 
@@ -374,7 +378,7 @@ def _lbfgs(
             "gtol": tol / len(x) ** 0.5,
         },
     )
-    return torch.as_tensor(result.x).to(x), int(result.nfev)
+    return torch.from_numpy(result.x).to(x), int(result.nfev)
 
 
 def _lowest_eigenpair(hessian: LinearOperator, seed: int) -> tuple[float, Tensor]:

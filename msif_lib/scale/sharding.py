@@ -25,6 +25,7 @@ from msif_lib.stage import Stage
 from msif_lib.support.data import Examples
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.reader import Reader
+from msif_lib.support.state import in_own_state
 
 
 def initialise() -> torch.device:
@@ -54,6 +55,7 @@ def initialise() -> torch.device:
     return device
 
 
+@in_own_state
 def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
     """The same stage, of whose examples each process reads only its share.
 

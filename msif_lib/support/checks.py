@@ -95,7 +95,7 @@ def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     """
     if weights is None:
         return torch.ones(size, dtype=like.dtype, device=like.device)
-    weights = torch.as_tensor(weights).detach().clone().to(like)
+    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach().clone()
     if tuple(weights.shape) != (size,):
         raise ValueError(
             f"weights must hold one number for each of the {size} examples, not shape "

@@ -36,7 +36,7 @@ def identity_of(
     """
     size = len(examples)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(len(theta), generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(theta), generator=generator, dtype=torch.float64, device="cpu")
     points = [model.parameters.views(at) for at in (theta, theta + 0.1 * noise.to(theta))]
     some = []
     with torch.no_grad():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msif_lib.support.state import in_own_state
+
 #: Values ``(R,)`` and gradients ``(R, p)`` of R objectives at R parameter vectors ``(R, p)``;
 #: the second argument says which of them are asked for.
 BatchedObjective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -79,6 +81,7 @@ class AbsoluteInverse:
         return (rows @ self.vectors / self.values) @ self.vectors.T
 
 
+@in_own_state
 def minimise(
     objective: BatchedObjective,
     start: Tensor,

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from msif_lib.support.functional import explain_missing_derivatives
+from msif_lib.support.state import OwnState, in_own_state
 
 # Columns of the identity multiplied at once by dense().
 _DENSE_COLUMNS = 64
 
 
-@contextmanager
-def differentiating() -> Iterator[None]:
-    """Record graphs, whatever the caller has switched off: without them terms would be missing."""
-    with torch.inference_mode(False), torch.enable_grad(), explain_missing_derivatives():
-        yield
-
-
-class LinearOperator(ABC):
+class LinearOperator(OwnState, ABC):
     """A real matrix known by its products: ``A @ x`` for x of shape ``(p,)`` or ``(p, k)``.
 
     Attributes
@@ -49,6 +41,7 @@ class LinearOperator(ABC):
         """The transpose; a symmetric operator is its own."""
         return self
 
+    @in_own_state
     def __matmul__(self, x: Tensor) -> Tensor:
         """The product A x.
 
@@ -76,10 +69,10 @@ class LinearOperator(ABC):
                 f"operator is {self.dtype} on {self.device}, the vector {x.dtype} on {x.device}"
             )
         columns = x[:, None] if x.dim() == 1 else x
-        with differentiating():
-            product = self._product(columns.detach())
+        product = self._product(columns.detach())
         return product[:, 0] if x.dim() == 1 else product
 
+    @in_own_state
     def dense(self) -> Tensor:
         """The matrix itself, one product a column; kept, so that a second call is free."""
         if self._matrix is None:

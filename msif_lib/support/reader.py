@@ -54,10 +54,11 @@ class Reader:
     def read(self, batch_size: int, indices: Sequence[int]) -> Iterator[Batch]:
         """Examples in the order of `indices`, in batches, on the device."""
         for inputs, targets in self.examples.batches(batch_size, indices):
-            yield (
-                map_leaves(lambda leaf: leaf.to(self.device), inputs),
-                map_leaves(lambda leaf: leaf.to(self.device), targets),
-            )
+            yield map_leaves(self._moved, inputs), map_leaves(self._moved, targets)
+
+    def _moved(self, leaf: Tensor) -> Tensor:
+        """A tensor on the device, of which derivatives can be taken: none of inference mode."""
+        return leaf.to(self.device, copy=leaf.is_inference())
 
     def first(self, count: int) -> Batch:
         """The first examples of all, on the device."""

@@ -1,0 +1,107 @@
+"""The library's own state of torch, whatever its caller has set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from inspect import isfunction
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from msif_lib.support.functional import explain_missing_derivatives, full_precision
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Special methods that do work, beside the public ones.
+_SPECIAL = {"__init__", "__post_init__", "__call__", "__matmul__"}
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Gradients on, inference mode and autocast off: else terms would be missing, or rounded.
+
+    Raises
+    ------
+    RuntimeError
+        Called within a transform of torch.func, which would see no derivative of what is
+        differentiated here; a tensor made in inference mode would have to be differentiated.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "called within a transform of torch.func (grad, vmap, jvp, ...), which does not reach "
+            "through what differentiates by itself; call it outside, or transform stage.losses_at, "
+            "stage.batch_losses and stage.penalty, which are plain functions"
+        )
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        full_precision(),
+        explain_missing_derivatives(),
+    ):
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("Inference tensors cannot be saved"):
+                raise
+            raise RuntimeError(
+                "a tensor that the model or the loss holds (a buffer, class weights) was made "
+                "within torch.inference_mode(), and torch takes no derivative of what it meets; "
+                "make it outside, or replace it by its .clone() made outside"
+            ) from error
+
+
+def in_own_state(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs in :func:`own_state`; of an iterator, each step, and not its caller.
+
+    Tensors made in inference mode are copied, for no derivative may meet them.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        with own_state():
+            result = function(
+                *map(_usable, args),  # type: ignore[arg-type]
+                **{name: _usable(value) for name, value in kwargs.items()},  # type: ignore[arg-type]
+            )
+        return _stepwise(result) if isinstance(result, Iterator) else result  # type: ignore[return-value]
+
+    return wrapped
+
+
+def _usable(value: Any) -> Any:
+    inference = isinstance(value, Tensor) and value.is_inference()
+    return value.clone() if inference else value
+
+
+def _stepwise(steps: Iterator[R]) -> Iterator[R]:
+    """The same iterator, the caller's state back in place between its steps."""
+    while True:
+        with own_state():
+            try:
+                value = next(steps)
+            except StopIteration:
+                return
+        yield value
+
+
+class OwnState:
+    """Methods that a subclass makes public run in :func:`own_state`."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            if name in _SPECIAL or not name.startswith("_"):
+                setattr(cls, name, _held(value))
+
+
+def _held(member: Any) -> Any:
+    """A member of a class, its function running in the library's own state."""
+    if isinstance(member, classmethod | staticmethod):
+        return type(member)(in_own_state(member.__func__))
+    if isinstance(member, property):
+        return property(in_own_state(member.fget), doc=member.__doc__) if member.fget else member
+    return in_own_state(member) if isfunction(member) else member
