@@ -1,8 +1,9 @@
 """Modules as functions of a flat vector of parameters, and the derivatives that they have.
 
 Fused kernels for attention and recurrent layers lack second and forward-mode derivatives, so that
-others are chosen while a module is evaluated. Where an operation of the model has no derivative of
-a kind that is needed, the error says which and what to do.
+others are chosen while a module is evaluated, and what torch differentiates as another function is
+exchanged (:mod:`msif_lib.support.substitutes`). Where an operation of the model has no derivative
+of a kind that is needed, the error says which and what to do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msif_lib.support.buffers import Held
 from msif_lib.support.data import Nested
+from msif_lib.support.substitutes import substituted
 
 # The code of every backward that is marked once_differentiable.
 _ONCE = once_differentiable(abs).__code__
@@ -47,7 +49,7 @@ def full_precision() -> Iterator[None]:
 @contextmanager
 def differentiable_kernels(recurrent: bool) -> Iterator[None]:
     """Kernels that have second and forward-mode derivatives, which the fused ones have not."""
-    with full_precision(), _unfused(recurrent):
+    with full_precision(), _unfused(recurrent), substituted():
         yield
 
 
@@ -124,6 +126,14 @@ def require_second_derivatives(value: Tensor) -> None:
     DerivativeError
         A Function's backward is marked ``once_differentiable``; the message names it.
     """
+    for node in graph_nodes(value):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE:
+            raise _missing_derivative(node._forward_cls.__name__)
+
+
+def graph_nodes(value: Tensor) -> Iterator[Any]:
+    """The operations that autograd recorded for a value, each once."""
     seen: set[Any] = set()
     nodes: list[Any] = [value.grad_fn]
     while nodes:
@@ -132,9 +142,7 @@ def require_second_derivatives(value: Tensor) -> None:
             continue
         seen.add(node)
         nodes += [parent for parent, _ in node.next_functions]
-        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
-        if getattr(backward, "__code__", None) is _ONCE:
-            raise _missing_derivative(node._forward_cls.__name__)
+        yield node
 
 
 class GraphNotCountable(RuntimeError):

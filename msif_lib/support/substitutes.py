@@ -1,0 +1,170 @@
+"""What is used instead of operations of torch whose derivative is another function's.
+
+They are exchanged where torch looks them up at each call, and for as long as a model is evaluated.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+
+# torch's own.
+_EMBEDDING, _EMBEDDING_BAG = torch.embedding, torch.embedding_bag
+# What rows at a padding index are held at; None: at what they are where a derivative is taken.
+_padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
+
+
+class Padding:
+    """Embeddings at a padding index, kept from one evaluation to be constants in others.
+
+    Finite differences move every entry of a table, also those that derivatives leave out.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+        self._next: Iterator[Tensor] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keep what is met within the context, in order."""
+        self._kept, self._next = [], None
+        with self._in_force():
+            yield
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Give back what was kept, in the same order."""
+        self._next = iter(self._kept)
+        with self._in_force():
+            yield
+
+    @contextmanager
+    def _in_force(self) -> Iterator[None]:
+        token = _padding.set(self)
+        try:
+            yield
+        finally:
+            _padding.reset(token)
+
+    def constant(self, rows: Tensor) -> Tensor:
+        """What takes the place of these rows."""
+        if self._next is not None:
+            return next(self._next)
+        self._kept.append(rows.detach())
+        return self._kept[-1]
+
+
+def _embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table, those at the padding index as constants; the gradient is dense.
+
+    torch's own lets reverse mode alone see a constant, so that forward mode is another derivative.
+    """
+    _refuse_scaling(scale_grad_by_freq)
+    rows = _EMBEDDING(weight, indices)
+    if padding_idx < 0:
+        return rows
+    held = _padding.get()
+    constant = rows.detach() if held is None else held.constant(rows)
+    return torch.where((indices == padding_idx).unsqueeze(-1), constant, rows)
+
+
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    *further: Any,
+    **named: Any,
+) -> Any:
+    """Sums of rows; the gradient is dense. Rows at the padding index are no part of them at all."""
+    _refuse_scaling(scale_grad_by_freq)
+    return _EMBEDDING_BAG(weight, indices, offsets, False, mode, False, *further, **named)
+
+
+def _refuse_scaling(scale_grad_by_freq: bool) -> None:
+    if scale_grad_by_freq:
+        raise ValueError(
+            "an embedding has scale_grad_by_freq=True, by which its gradient is not that of the "
+            "loss; set scale_grad_by_freq = False, also in training"
+        )
+
+
+def _embedding_renorm(*arguments: Any) -> Tensor:
+    raise ValueError(
+        "an embedding has max_norm, by which its table is rewritten whenever it is read; scale "
+        "the table once and set max_norm = None"
+    )
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """v g/‖v‖. torch differentiates its fused kernel twice as if ‖v‖ were a constant."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+class _PlainCheckpoint:
+    """In place of CheckpointFunction, which gives parameters no part in derivatives."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+def _nothing_around(*arguments: Any, **named: Any) -> Iterator[None]:
+    """In place of what recomputes a function when backward comes, by then with other parameters."""
+    yield
+
+
+# Where it is looked up, under which name, and what is found there instead.
+_SUBSTITUTES: list[tuple[Any, str, Any]] = [
+    (torch, "embedding", _embedding),
+    (torch, "embedding_bag", _embedding_bag),
+    (torch, "embedding_renorm_", _embedding_renorm),
+    (torch, "_weight_norm", _weight_norm),
+    (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
+    (torch.utils.checkpoint, "CheckpointFunction", _PlainCheckpoint),
+    (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _nothing_around),
+]
+
+
+class _Exchange:
+    """The substitutes in place while any thread asks for them."""
+
+    def __init__(self) -> None:
+        self._lock, self._asking, self._kept = Lock(), 0, list[Any]()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._asking:
+                self._kept = [getattr(place, name) for place, name, _ in _SUBSTITUTES]
+                for place, name, substitute in _SUBSTITUTES:
+                    setattr(place, name, substitute)
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+                if not self._asking:
+                    for (place, name, _), kept in zip(_SUBSTITUTES, self._kept):
+                        setattr(place, name, kept)
+
+
+#: A context within which those operations have the derivatives of their functions.
+substituted = _Exchange()
