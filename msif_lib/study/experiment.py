@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from msif_lib.influence import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
 from msif_lib.solvers import MinRes, Solver
 from msif_lib.stage import Stage, cross_entropy
-from msif_lib.study.datasets import TwoStageData
+from msif_lib.study.datasets import TwoStageData, two_stages
 from msif_lib.study.models import build_model
 from msif_lib.training import TrainingReport, train_kept
 
@@ -108,6 +108,47 @@ class Trained:
         with torch.no_grad():
             losses = stage.losses(stage.embedding_vector(), stage.head_vector(), *self.test)
         return float(losses.mean())
+
+
+def try_out(
+    dataset: str,
+    pretrain_classes: Sequence[int] | None,
+    finetune_classes: Sequence[int] | None,
+    pretrain_size: int | None,
+    finetune_size: int | None,
+    test_size: int | None,
+    architecture: str,
+    networks: Sequence[Sequence[int]],
+) -> TwoStageData:
+    """Draw the data and build the networks, and train nothing, to see whether all fits together.
+
+    Parameters
+    ----------
+    dataset, pretrain_classes, finetune_classes, pretrain_size, finetune_size, test_size
+        As for :func:`msif_lib.study.datasets.two_stages`.
+    architecture, networks
+        As for :func:`msif_lib.study.models.build_model`, which is called with each of the widths
+        in `networks`.
+
+    Returns
+    -------
+    TwoStageData
+        The draw of seed 0.
+
+    Raises
+    ------
+    ValueError
+        What the two say of classes, sizes and widths.
+    """
+    data = two_stages(
+        dataset, pretrain_classes, finetune_classes, pretrain_size, finetune_size, test_size
+    )
+    for widths in networks:
+        try:
+            build_model(architecture, "linear", data.images.image_shape, 2, 2, widths=widths)
+        except ValueError as error:
+            raise ValueError(f"widths {list(widths)}: {error}") from error
+    return data
 
 
 def train_two_stages(
