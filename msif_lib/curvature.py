@@ -300,7 +300,7 @@ class GaussNewton(LinearOperator):
         (slope,) = torch.autograd.grad(loss, at, create_graph=True)
         if not (slope.requires_grad and outputs.requires_grad):  # no curvature, or no dependence
             return torch.zeros_like(columns)
-        u = torch.zeros_like(at, requires_grad=True)
+        u = torch.ones_like(at, requires_grad=True)  # anywhere but 0, where some backwards bend
         (pulled,) = torch.autograd.grad(outputs, leaf, u, create_graph=True)
 
         def product(v: Tensor) -> Tensor:

@@ -294,7 +294,7 @@ def test_a_head_on_a_fixed_embedding_asks_nothing_of_the_embedding(function, sam
     torch.testing.assert_close(got, Hessian(stage_with(same), block="head").dense())
 
 
-def test_gauss_newton_says_what_lacks_a_forward_derivative():
+def test_gauss_newton_says_what_lacks_a_second_derivative():
     stage = stage_with(fused)
     with pytest.raises(DerivativeError, match="_scaled_dot_product_flash_attention_for_cpu"):
         GaussNewton(stage).dense()
