@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer
 from msif_lib.support.parameters import Block, aliases_of, matching
+from msif_lib.support.probe import probe
 from msif_lib.support.probes import Capabilities
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import OwnState
@@ -76,7 +77,8 @@ class Stage(OwnState, Model):
         A further term: a twice differentiable scalar function of the named parameters, a dict
         with keys ``"embedding.<name>"`` and ``"head.<name>"``.
     check
-        Evaluate the model once over `data` and refuse what would make scores meaningless.
+        Evaluate the model once over `data` and refuse what would make scores meaningless, then hold
+        its derivatives against finite differences on few examples. ``"data"``: without the latter.
     memory_budget
         Bytes of autograd graph of one batch; where `batch_size` examples need more, batches are
         smaller. None: 32 MiB on a CPU, 2 GiB on a GPU, four times the parameters if that is more.
@@ -97,7 +99,9 @@ class Stage(OwnState, Model):
         loss that is not per-example, or depends on other examples or on chance (BatchNorm or
         dropout in training mode); parameters that share memory without being one; mixed devices
         or dtypes; a negative `l2` or weight; a pattern that fits no parameter; a `batch_size` or
-        `memory_budget` below 1.
+        `memory_budget` below 1; parameters read from elsewhere than their module's attribute.
+    DerivativeError
+        Derivatives that the losses or the regularizer have not.
 
     Examples
     --------
@@ -118,7 +122,7 @@ class Stage(OwnState, Model):
         l2: float = 0.0,
         batch_size: int = 1024,
         regularizer: Regularizer | None = None,
-        check: bool = True,
+        check: bool | Literal["data"] = True,
         memory_budget: int | None = None,
         weights: Tensor | None = None,
         trained: str | Sequence[str] | None = None,
@@ -143,7 +147,7 @@ class Stage(OwnState, Model):
         l2: float = 0.0,
         batch_size: int = 1024,
         regularizer: Regularizer | None = None,
-        check: bool = True,
+        check: bool | Literal["data"] = True,
         memory_budget: int | None = None,
         weights: Tensor | None = None,
         hands_on: HandsOn | None = None,
@@ -201,7 +205,7 @@ class Stage(OwnState, Model):
         self,
         data: Batch | Dataset | DataLoader,
         weights: Tensor | None,
-        check: bool,
+        check: bool | Literal["data"],
         reader: Reader | None = None,
     ) -> None:
         self.data, self.examples, self.checked = data, Examples(data), check
@@ -215,6 +219,8 @@ class Stage(OwnState, Model):
         self._chunk: list[int] = []
         if check:
             self.check_data()
+        if check is True and reader is None:
+            probe(self, self.read, self.size, self.chunk_size)
         self.reader.require_same(lambda: fingerprint(self.identity()))
 
     def check_data(self) -> None:
