@@ -19,6 +19,7 @@ import matplotlib
 import nbformat
 import pytest
 import yaml
+from papermill import inspect_notebook
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
 
@@ -79,6 +80,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_defaults_and_profiles_are_let_in(name: str, profile: str) -> None:
     namespace = opened(name, read_profile(ROOT, profile).get(name, {}))
     assert all(parameter in namespace for parameter in declared_parameters(NOTEBOOKS[name]))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_papermill_knows_the_same_parameters(name: str) -> None:
+    """Of any other it says that it was passed an unknown one."""
+    notebook = NOTEBOOKS[name]
+    assert list(inspect_notebook(notebook.path)) == list(declared_parameters(notebook))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -394,6 +402,7 @@ def test_an_edited_value_counts_and_not_the_default() -> None:
         ("x: 'list | None' = ['a']", ["list[str]", "None"]),
         ("x: list[int | float] | None = None", ["list[int | float]", "None"]),
         ("x: Optional[int] = 3", ["int", "None"]),
+        ("x: 'int or list[int] or None' = 3", ["int", "list[int]", "None"]),
         ("x: dict[str, int] = {}", ["dict[str, int]"]),
     ],
 )

@@ -117,9 +117,14 @@ def _literal(value: ast.expr | None) -> Any:
 
 
 def _kinds(annotation: ast.expr) -> tuple[str, ...]:
-    """Return the types in an annotation: ``list[int] | None`` is ``list[int]`` and ``None``."""
+    """Return the types in an annotation: ``list[int] | None`` is ``list[int]`` and ``None``.
+
+    As text it may be ``"int or None"``: papermill reads no ``|``, and warns of the parameter.
+    """
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
         return (*_kinds(annotation.left), *_kinds(annotation.right))
+    if isinstance(annotation, ast.BoolOp) and isinstance(annotation.op, ast.Or):
+        return tuple(kind for part in annotation.values for kind in _kinds(part))
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         return _kinds(ast.parse(annotation.value, mode="eval").body)
     text = ast.unparse(annotation)
