@@ -9,7 +9,7 @@ import nbformat
 import yaml
 from test_runner import write_profile
 
-from msif_lib.study import runner
+from msif_lib.study import copies, runner
 from msif_lib.study.runner import ROOT
 
 # Words that stand nowhere else, one in each place where a solution or a note can hide.
@@ -89,9 +89,7 @@ def put(root: Path, cells: list[nbformat.NotebookNode]) -> None:
     for cell in content.cells:
         if outputs[cell.id]:
             cell.outputs = outputs[cell.id]
-    path = runner.executed_path(root, "default", notebook)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(content, path)
+    copies.put(runner.executed_path(root, "default", notebook), copies.sealed(content))
 
 
 def sample_book(root: Path, page: str = PAGE) -> Path:

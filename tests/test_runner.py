@@ -1,14 +1,19 @@
 """The runner refuses wrong parameters, executes only what changed, and keeps failures to open."""
 
 import json
+import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
-from msif_lib.study import book, runner
+from msif_lib.study import book, copies, runner
 from msif_lib.study.imports import imported_names
 from msif_lib.study.runner import ProjectError
 
@@ -356,9 +361,7 @@ def as_executed(root: Path, name: str, parameters: dict, outputs: list | None = 
     content = notebook.read()
     content.metadata["msif"] = {"key": runner.cache_key(root, notebook, parameters)}
     content.cells[-1].outputs = outputs or []
-    path = runner.executed_path(root, "default", notebook)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(content, path)
+    copies.put(runner.executed_path(root, "default", notebook), copies.sealed(content))
 
 
 def test_book_is_assembled_from_current_copies_only(project):
@@ -414,3 +417,283 @@ def test_records_are_written_and_then_read_by_the_notebook_that_adds_up(project)
     assert states() == {"experiment": "executed", "adding_up": "unchanged"}
     assert (project / "results.json").read_text() == "20"
     assert states() == {"experiment": "unchanged", "adding_up": "unchanged"}
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["../../other", "../profiles/default", "", ".", "/etc/passwd"])
+def test_a_profile_is_one_of_the_projects(project, profile):
+    (project.parent / "other.yaml").write_text("{}")
+    for work in (runner.run, book.build):
+        with pytest.raises(ProjectError, match=f"no profile is called {profile}; known: default"):
+            work(project, profile)
+    assert not (project / "build").exists()
+
+
+@pytest.mark.parametrize("name", ["record", "records", "checkpoint"])
+@pytest.mark.parametrize("place", ["../../outside.json", "/outside.json", "../link/outside.json"])
+def test_a_run_writes_within_the_project(project, name, place):
+    (project / "link").symlink_to(project.parent)
+    write_notebook(project / "notebooks" / "experiment.ipynb", parameters=f'{name} = ""')
+    message = refusal(project, f"experiment:\n  {name}: {place}\n")
+    assert f"notebook experiment: {name} must lie within the project, but is {place}" in message
+
+
+def test_a_record_writes_over_no_source(project):
+    write_notebook(project / "notebooks" / "experiment.ipynb", parameters='record = ""')
+    message = refusal(project, "experiment:\n  record: experiment.ipynb\n")
+    assert "record must end with .json, but is experiment.ipynb" in message
+
+
+@pytest.mark.parametrize("pattern", ["../*.json", "results/../../*", "/etc/*"])
+def test_inputs_lie_within_the_project(project, pattern):
+    (notebook,) = runner.find_notebooks(project, ["experiment"])
+    content = notebook.read()
+    content.metadata["msif"] = {"inputs": [pattern]}
+    nbformat.write(content, notebook.path)
+    with pytest.raises(ProjectError, match=r"notebook experiment: msif\.inputs names"):
+        runner.cache_key(project, notebook, {})
+
+
+@pytest.mark.parametrize("spoiled", ["build", "build/default", "build/default/records"])
+def test_a_folder_that_cannot_be_written_into_is_named_before_the_work(project, spoiled, capfd):
+    recording(project)
+    (project / spoiled).parent.mkdir(parents=True, exist_ok=True)
+    (project / spoiled).write_text("")
+    with pytest.raises(
+        ProjectError, match=rf"{spoiled}\S* cannot be written \(.*a folder that you"
+    ):
+        runner.run(project)
+    assert "running" not in capfd.readouterr().out
+
+
+def test_at_least_one_notebook_runs_at_once(project):
+    with pytest.raises(ProjectError, match="jobs must be 1 or more, but is 0"):
+        runner.run(project, jobs=0)
+    assert not (project / "build").exists()
+
+
+def test_windows_is_told_what_is_supported(project, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ProjectError, match="on Windows use WSL"):
+        runner.run(project)
+
+
+# --- what is kept ---------------------------------------------------------------------------------
+
+RECORDING = "_ = open(record, 'w').write(str(removals)); print(record)"
+
+
+def recording(project: Path) -> Path:
+    """The project with an experiment that leaves a record, and where that is."""
+    write_notebook(
+        project / "notebooks" / "experiment.ipynb",
+        RECORDING,
+        parameters='record = ""\nremovals: int = 20',
+    )
+    return project / "build" / "default" / "records" / "experiment.json"
+
+
+SPOILED = {
+    "missing": None,
+    "empty": lambda text: b"",
+    "half": lambda text: text[: len(text) // 2],
+    "last byte": lambda text: text[:-2],
+    "zeros": lambda text: bytes(len(text)),
+    "zeros at the end": lambda text: text[: len(text) // 2] + bytes(len(text) - len(text) // 2),
+    "first bit": lambda text: bytes([text[0] ^ 1]) + text[1:],
+    "middle bit": lambda text: text.replace(b"5", b"4", 1),
+    "more": lambda text: text + b"{}",
+    "no text": lambda text: b"\xff\xfe" + text,
+    "another": lambda text: b"[1]",
+}
+
+
+def test_spoiled_copies_and_records_are_made_anew(project):
+    record = recording(project)
+    (outcome,) = runner.run(project, names=["experiment"])
+    assert outcome.state == "executed", outcome.error
+    assert record.read_text() == "5"
+    # The book shows the record's place, not where the run put it.
+    copy = json.loads(outcome.path.read_text(encoding="utf-8"))
+    assert copy["cells"][-1]["outputs"][0]["text"] == ["../build/default/records/experiment.json\n"]
+    assert "/runs/" not in outcome.path.read_text(encoding="utf-8")
+
+    notebook = outcome.notebook
+    parameters = runner.parameters_of(notebook, {"experiment": {"removals": 5}}, "default")
+    for path in (outcome.path, record):
+        good = path.read_bytes()
+        for name, spoil in SPOILED.items():
+            path.unlink(missing_ok=True)
+            if spoil is not None:
+                path.write_bytes(spoil(good))
+            assert not runner.is_current(project, "default", notebook, parameters), (path, name)
+        path.write_bytes(good)
+        assert runner.is_current(project, "default", notebook, parameters)
+
+    record.write_text("6")
+    outcome.path.write_bytes(outcome.path.read_bytes()[:100])
+    (again,) = runner.run(project, names=["experiment"])
+    assert (again.state, record.read_text()) == ("executed", "5")
+
+
+def test_records_of_nobody_are_not_read(project):
+    recording(project)
+    write_notebook(
+        project / "notebooks" / "adding_up.ipynb", "print(records)", parameters='records = ""'
+    )
+    runner.run(project, names=["experiment"])
+    record = project / "build" / "default" / "records" / "experiment.json"
+    record.write_text("6")
+    (outcome,) = runner.run(project, names=["adding_up"])
+    assert outcome.state == "failed"
+    assert "experiment.json is not what a notebook left there" in outcome.error
+    states = {one.notebook.name: one.state for one in runner.run(project)}
+    assert states["adding_up"] == states["experiment"] == "executed"
+
+
+def test_a_notebook_that_leaves_no_record_fails(project):
+    write_notebook(project / "notebooks" / "experiment.ipynb", "1", parameters='record = ""')
+    write_profile(project, "")
+    (outcome,) = runner.run(project, names=["experiment"])
+    assert (outcome.state, outcome.error[:18]) == ("failed", "it wrote no record")
+
+
+def test_a_full_disk_is_said(project):
+    """Here by the limit that a process may set on the size of files, which ends in the same way."""
+    write_notebook(
+        project / "notebooks" / "experiment.ipynb",
+        "print('x' * 5_000_000)",
+        RECORDING,
+        parameters='record = ""\nremovals: int = 20',
+    )
+    result = subprocess.run(
+        ["sh", "-c", 'ulimit -f 4000; exec "$@"', "sh", *command_of(project), "experiment"],
+        cwd=runner.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "notebook experiment failed: " in result.stderr
+    assert "File too large" in result.stderr
+    assert not (project / "build" / "default" / "records" / "experiment.json").exists()
+    assert not (project / "build" / "default" / "executed" / "experiment.ipynb").exists()
+
+
+def test_two_runners_at_once_do_the_work_once(project):
+    record = recording(project)
+    both = [start(project, 5, "experiment") for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], printed
+    assert sorted("unchanged" in text for text in printed) == [False, True]
+    assert record.read_text() == "5"
+
+
+# --- runs that are killed -------------------------------------------------------------------------
+
+# Says that it is there, has a worker of its own, and writes its record when it may.
+SLOW = (
+    "import os, pathlib, time, joblib\n"
+    "import msif_lib\n"
+    "def tell(number):\n"
+    "    (pathlib.Path('..') / f'there-{number}').write_text(str(os.getpid()))\n"
+    "    while number and not pathlib.Path('../go').exists():\n"
+    "        time.sleep(0.01)\n"
+    "tell(0)",
+    "_ = joblib.Parallel(n_jobs=2)(joblib.delayed(tell)(number) for number in (1, 2))",
+    "_ = pathlib.Path(record).write_text(f'{removals} ' * 1000)",
+)
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A project whose one notebook works until it may end, and leaves a record."""
+    write_notebook(
+        tmp_path / "notebooks" / "slow.ipynb", *SLOW, parameters='record = ""\nremovals: int = 1'
+    )
+    (tmp_path / "msif_lib").mkdir()
+    (tmp_path / "msif_lib" / "__init__.py").write_text("")
+    (tmp_path / "go").write_text("")
+    return tmp_path
+
+
+def command_of(project: Path) -> list[str]:
+    return [sys.executable, "-m", "msif_lib.study.runner", "--root", str(project)]
+
+
+def start(project: Path, removals: int, name: str = "slow") -> subprocess.Popen:
+    write_profile(project, f"{name}:\n  removals: {removals}\n")
+    return subprocess.Popen(
+        [*command_of(project), name],
+        cwd=runner.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def alive(project: Path) -> list[int]:
+    """The processes that work for a project: runner, papermill, kernels and their workers."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+        except psutil.Error:
+            continue
+        if any(str(project) in word for word in words):
+            found.append(process.pid)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def check_whole(project: Path, removals: int) -> None:
+    """What lies there is of one run, and counts as current only if it is of the last one."""
+    (notebook,) = runner.find_notebooks(project)
+    parameters = runner.parameters_of(notebook, runner.read_profile(project, "default"), "default")
+    record = project / "build" / "default" / "records" / "slow.json"
+    if record.exists():
+        (one,) = set(record.read_text().split())
+        assert record.read_text() == f"{one} " * 1000
+    if runner.is_current(project, "default", notebook, parameters):
+        assert record.read_text() == f"{removals} " * 1000
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_ends_with_its_runner(slow, how):
+    (slow / "go").unlink()
+    first = start(slow, removals=1)
+    wait_for(lambda: all((slow / f"there-{number}").exists() for number in (0, 1, 2)))
+    assert len(alive(slow)) >= 5  # the runner, papermill, the kernel, its two workers
+    first.send_signal(how)
+    first.wait()
+    assert "FAILED" not in first.stdout.read()
+    wait_for(lambda: not alive(slow), seconds=20)
+    check_whole(slow, removals=1)
+    assert not list((slow / "build" / "default" / "records").iterdir())
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_kills_at_any_instant_lose_nothing(slow, kills):
+    draw = random.Random(0)
+    for number in range(1, kills + 1):
+        process = start(slow, number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(2, 8))
+            raise subprocess.TimeoutExpired("it had ended already", 0)
+        process.kill()
+        process.wait()
+        wait_for(lambda: not alive(slow), seconds=20)
+        check_whole(slow, number)
+    process = start(slow, kills)
+    assert process.wait() == 0, process.stderr.read()
+    record = slow / "build" / "default" / "records" / "slow.json"
+    assert record.read_text() == f"{kills} " * 1000
+    assert not list((slow / "build" / "default" / "runs").iterdir())

@@ -198,6 +198,7 @@ def build(root: Path = ROOT, profile: str = "default", edition: str = "reader") 
         has a dead link or cannot be followed by a screen reader.
     """
     left_out(edition)
+    read_profile(root, profile)  # its name is that of a folder
     html = root / HTML[edition]
     stamp = html.with_suffix(".key")
     with lock(root / "build"), lock(root / "build" / profile):

@@ -14,27 +14,33 @@ Two parameters are given by the runner itself where the profile does not: to a n
 declares ``record`` the file for its numbers, ``build/<profile>/records/<name>.json``; to one that
 declares ``records`` the folder of these files, and it runs after all the others.
 
+A run writes into a folder of its own, ``build/<profile>/runs/<name>-<random>``. Only when it ended
+well are its record and its executed copy put in place. A run ends with the runner, however that one
+ends, so that none comes late.
+
 An executed copy is kept as ``build/<profile>/executed/<name>.ipynb`` with a key in its metadata, a
 hash of all that its outputs depend on: the notebook, the parameters, the versions of the packages,
 the code (without comments and docstrings) of the project's modules that it imports and that these
 import, with the data that lie beside a module under its name, and the files that the notebook's
-metadata list under ``msif.inputs`` (glob patterns from the project's root). While the key holds,
-the copy is not executed again. A module imported by a name that is put together at run time is not
-seen; list it there. A notebook that fails is left as ``<name>.failed.ipynb`` beside it.
+metadata list under ``msif.inputs`` (glob patterns from the project's root). Beside the key stand
+the sums of the copy itself and of its record. While all of them hold, the notebook is not executed
+again. A module imported by a name that is put together at run time is not seen; list it there. A
+notebook that fails is left as ``<name>.failed.ipynb`` beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import datetime
-import fcntl
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -46,8 +52,12 @@ from typing import Any
 
 import nbformat
 import yaml
+from filelock import FileLock, Timeout
 
+from msif_lib.study.copies import clear, put, read_known, sealed, sum_of
 from msif_lib.study.imports import code_of, files_beside, imported_files
+from msif_lib.study.parameters import Parameter, declared, type_fault, unknown_fault
+from msif_lib.support.lifeline import Children, command
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = Path("notebooks/profiles")
@@ -66,6 +76,10 @@ PACKAGES = (
     "myst-nb",
 )
 HEARTBEAT = 60.0  # seconds between two lines on a notebook that is still running
+# Parameters that say where a notebook writes, or reads what others wrote.
+PLACES = ("record", "records", "results", "checkpoint")
+_ROOM = 1_000_000  # bytes that a copy may take
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ProjectError(Exception):
@@ -95,22 +109,6 @@ class Notebook:
     def read(self) -> nbformat.NotebookNode:
         """Return the notebook's content."""
         return nbformat.read(self.path, as_version=4)
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a notebook, as its ``parameters`` cell declares it.
-
-    Parameters
-    ----------
-    name
-        Its name.
-    kinds
-        The types that it may have: its annotation's, or that of its default.
-    """
-
-    name: str
-    kinds: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -185,13 +183,13 @@ def read_profile(root: Path, profile: str) -> dict[str, dict[str, Any]]:
     ProjectError
         If the profile does not exist, is malformed, or names a notebook that does not exist.
     """
-    path = root / PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml"))) or "none"
-        raise ProjectError(f"no profile is called {profile}; known: {known}")
+    # A name that leads to another folder is not among them.
+    known = {path.stem: path for path in sorted((root / PROFILES).glob("*.yaml"))}
+    if profile not in known:
+        raise ProjectError(f"no profile is called {profile}; known: {', '.join(known) or 'none'}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(known[profile].read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ProjectError(f"profile {profile} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ProjectError(f"profile {profile} must map names of notebooks to parameters")
@@ -218,70 +216,18 @@ def declared_parameters(notebook: Notebook) -> dict[str, Parameter]:
     ------
     ProjectError
         If the cell is not valid Python.
-
-    Notes
-    -----
-    The cell is parsed with `ast`, not with `papermill.inspect_notebook`: that one matches regular
-    expressions, overlooks an annotation such as ``int | None`` and infers no type without one.
     """
-    declared: dict[str, Parameter] = {}
+    known: dict[str, Parameter] = {}
     for cell in notebook.read().cells:
         if cell.cell_type != "code" or "parameters" not in cell.metadata.get("tags", []):
             continue
         try:
-            statements = ast.parse(cell.source).body
+            known |= declared(cell.source)
         except SyntaxError as error:
             raise ProjectError(
                 f"notebook {notebook.name}: its parameters cell is not valid Python: {error}"
             ) from error
-        for statement in statements:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                name, kinds = statement.target.id, _annotated_kinds(statement.annotation)
-            elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                name, kinds = statement.targets[0].id, _default_kinds(statement.value)
-            else:
-                continue
-            declared[name] = Parameter(name, kinds)
-    return declared
-
-
-def _annotated_kinds(annotation: ast.expr) -> tuple[str, ...]:
-    """Return the names of the types in an annotation: ``list[int] | None`` is list, None."""
-    text = ast.unparse(annotation).strip("'\"")
-    optional = re.fullmatch(r"(?:typing\.)?Optional\[(.*)\]", text)
-    if optional:
-        text = f"{optional[1]} | None"
-    return tuple(part.split("[")[0].strip() for part in text.split("|"))
-
-
-def _default_kinds(value: ast.expr) -> tuple[str, ...]:
-    """Return the type of a default, or ``Any`` where it can't be read off or is None."""
-    try:
-        default = ast.literal_eval(value)
-    except ValueError:
-        return ("Any",)
-    return ("Any",) if default is None else (type(default).__name__,)
-
-
-def _accepts(kind: str, value: Any) -> bool:
-    """Return whether a value from YAML may be given to a parameter of a type."""
-    if kind == "Any":
-        return True
-    if kind == "None":
-        return value is None
-    if isinstance(value, bool):  # an int in Python, but never meant as one
-        return kind == "bool"
-    accepted = {
-        "bool": (bool,),
-        "int": (int,),
-        "float": (float, int),
-        "str": (str,),
-        "list": (list,),
-        "tuple": (list,),  # YAML has no tuples
-        "Sequence": (list,),
-        "dict": (dict,),
-    }
-    return isinstance(value, accepted.get(kind, (object,)))
+    return known
 
 
 def parameters_of(
@@ -298,19 +244,24 @@ def parameters_of(
     profile
         The profile's name.
     """
-    declared = declared_parameters(notebook)
+    known = declared_parameters(notebook)
     # From the notebook's folder, in which it runs.
     up = "../" * (len(FOLDERS[notebook.section].parts))
     folder = f"{up}build/{profile}/records"
     given = {"record": f"{folder}/{notebook.name}.json", "records": folder}
-    own = {name: value for name, value in given.items() if name in declared}
+    own = {name: value for name, value in given.items() if name in known}
     return own | profiles.get(notebook.name, {})
 
 
 def _record_of(notebook: Notebook, parameters: dict[str, Any]) -> Path | None:
     """Return the file that a notebook writes its numbers to, if any."""
     record = parameters.get("record")
-    return (notebook.path.parent / record).resolve() if record else None
+    return _place(notebook, record) if record else None
+
+
+def _place(notebook: Notebook, place: str) -> Path:
+    """Return the path that is meant by one relative to the notebook's folder."""
+    return Path(os.path.normpath(notebook.path.parent / place))
 
 
 def check_parameters(notebook: Notebook, parameters: dict[str, Any], profile: str) -> None:
@@ -332,22 +283,66 @@ def check_parameters(notebook: Notebook, parameters: dict[str, Any], profile: st
     ProjectError
         If the notebook has no such parameter or its type is another.
     """
-    declared = declared_parameters(notebook)
+    known = declared_parameters(notebook)
     for name, value in parameters.items():
-        where = f"profile {profile}, notebook {notebook.name}"
-        if name not in declared:
-            known = ", ".join(declared) or "none"
-            raise ProjectError(f"{where}: unknown parameter {name}; known: {known}")
-        kinds = declared[name].kinds
-        if any(_accepts(kind, value) for kind in kinds):
+        fault = type_fault(known[name], value) if name in known else unknown_fault(known, name)
+        if fault:
+            raise ProjectError(f"profile {profile}, notebook {notebook.name}: {fault}")
+
+
+def check_places(root: Path, notebook: Notebook, parameters: dict[str, Any], profile: str) -> None:
+    """Check that a run writes within the project.
+
+    Parameters
+    ----------
+    root
+        The project's root.
+    notebook
+        The notebook.
+    parameters
+        What it is run with.
+    profile
+        The profile's name, for the message.
+
+    Raises
+    ------
+    ProjectError
+        If a place lies outside of the project, or a record is no JSON file. Whoever wants a record
+        elsewhere runs papermill by hand.
+    """
+    where = f"profile {profile}, notebook {notebook.name}"
+    bases = [base.resolve() for base in (root, root / "build")]
+    for name in PLACES:
+        if not parameters.get(name):
             continue
-        message = (
-            f"{where}: parameter {name} must be {' or '.join(kinds)}, "
-            f"but is {value!r} ({type(value).__name__})"
-        )
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
-            message += f"; YAML reads {value} as text, write {re.sub('[eE]', '.0e', value)}"
-        raise ProjectError(message)
+        path = _place(notebook, parameters[name])
+        # Links are followed; the build folder may be one.
+        inside = any(path.resolve().is_relative_to(base) for base in bases)
+        if not (path.is_relative_to(root) and inside):
+            raise ProjectError(
+                f"{where}: {name} must lie within the project, but is {parameters[name]}; to "
+                "write elsewhere run papermill by hand"
+            )
+        if name == "record" and path.suffix != ".json":
+            raise ProjectError(f"{where}: record must end with .json, but is {parameters[name]}")
+
+
+def _refuse_unwritable(folders: set[Path]) -> None:
+    """Refuse folders that nothing can be written into, or on whose disk there is no room."""
+    for folder in sorted(folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+                file.write(bytes(_ROOM))
+        except OSError as error:
+            raise ProjectError(_unwritable(folder, error)) from error
+
+
+def _unwritable(path: Path, error: OSError) -> str:
+    """Say that something can't be written, and what to do about it."""
+    mend = "make room there" if error.errno in _FULL else "make it a folder that you may write into"
+    path = error.filename2 or error.filename or path
+    return f"{path} cannot be written ({error.strerror}); {mend}"
 
 
 def installed_version(package: str) -> str:
@@ -418,10 +413,14 @@ def cache_key(root: Path, notebook: Notebook, parameters: dict[str, Any]) -> str
     modules = modules_of(root, notebook)
     files = [path for module in modules for path in files_beside(module)]
     for pattern in source.metadata.get("msif", {}).get("inputs", []):
+        if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+            raise ProjectError(
+                f"notebook {notebook.name}: msif.inputs names {pattern}, which is not within the "
+                "project"
+            )
         files += root.glob(pattern)
     if "records" in parameters:
-        folder = (notebook.path.parent / parameters["records"]).resolve()
-        files += folder.glob("*.json")
+        files += _place(notebook, parameters["records"]).glob("*.json")
     # What a run writes is no input of it.
     own = _record_of(notebook, parameters)
     files = [path for path in files if path != own]
@@ -449,7 +448,7 @@ def executed_path(root: Path, profile: str, notebook: Notebook) -> Path:
 
 
 def is_current(root: Path, profile: str, notebook: Notebook, parameters: dict[str, Any]) -> bool:
-    """Return whether copy and record exist and nothing that they depend on has changed.
+    """Return whether copy and record are whole and nothing that they depend on has changed.
 
     Parameters
     ----------
@@ -462,26 +461,21 @@ def is_current(root: Path, profile: str, notebook: Notebook, parameters: dict[st
     parameters
         What the profile gives it.
     """
-    path = executed_path(root, profile, notebook)
-    try:
-        executed = json.loads(path.read_text(encoding="utf-8"))
-        kept = executed["metadata"]["msif"]["key"]
-    except (FileNotFoundError, ValueError, KeyError):
+    known = read_known(executed_path(root, profile, notebook))
+    if known is None:
         return False
     record = _record_of(notebook, parameters)
-    written = record is None or record.exists()
-    return written and bool(kept == cache_key(root, notebook, parameters))
+    if record is not None and known.get("record") != sum_of(record):
+        return False
+    return bool(known.get("key") == cache_key(root, notebook, parameters))
 
 
 def _environment(root: Path, build: Path) -> dict[str, str]:
     """Return the environment of a kernel: this Python, this library, one thread."""
     # A kernel called python3 that someone registered for another Python must not be taken.
-    kernel = build / "jupyter" / "kernels" / "python3" / "kernel.json"
-    kernel.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    content = json.dumps({"argv": command, "display_name": "Python 3", "language": "python"})
-    if not kernel.exists() or kernel.read_text(encoding="utf-8") != content:
-        kernel.write_text(content, encoding="utf-8")
+    arguments = command("ipykernel_launcher", "-f", "{connection_file}")
+    content = json.dumps({"argv": arguments, "display_name": "Python 3", "language": "python"})
+    put(build / "jupyter" / "kernels" / "python3" / "kernel.json", content)
     environment = dict(os.environ)
     # The key covers the library under root, so that is the one to import.
     before = [environment["PYTHONPATH"]] if environment.get("PYTHONPATH") else []
@@ -532,32 +526,93 @@ def _report(name: str, state: str, seconds: float | None = None, note: str = "")
     print(f"  {name:<20} {state:<10} {took:>9}  {note}".rstrip(), flush=True)
 
 
-def _finish(
-    root: Path,
-    path: Path,
-    notebook: Notebook,
-    key: str,
-    profile: str,
-    parameters: dict[str, Any],
-    took: float,
-) -> None:
-    """Give an executed copy its key, and take this machine's paths and papermill's times out."""
+def _keep(run: Run, notebook: Notebook, key: str, parameters: dict[str, Any], took: float) -> None:
+    """Put record and executed copy of a run in place, without this machine's paths and times."""
     # The copy can be downloaded from the book. A warning's text holds the path of its module.
-    text = path.read_text(encoding="utf-8")
-    text = text.replace(f"{json.dumps(str(root))[1:-1]}/", "")
+    text = run.shown(run.copy.read_text(encoding="utf-8"))
     executed = nbformat.reads(text, as_version=4)
     executed.metadata.pop("papermill", None)
     for cell in executed.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     known = dict(executed.metadata.get("msif", {}))
-    known.update(key=key, profile=profile, parameters=parameters, seconds=round(took, 1))
+    known.update(key=key, profile=run.profile, parameters=parameters, seconds=round(took, 1))
     known["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    # A record without its copy is seen to be of another run.
+    if run.record is not None:
+        put(run.record, run.shown(run.own_record.read_text(encoding="utf-8")))
+        known["record"] = sum_of(run.record)
     executed.metadata["msif"] = known
-    nbformat.write(executed, path)
+    put(executed_path(run.root, run.profile, notebook), sealed(executed))
 
 
-def execute(root: Path, profile: str, notebook: Notebook, parameters: dict[str, Any]) -> Outcome:
+@dataclass(frozen=True)
+class Run:
+    """The files of one run, in a folder that nothing else writes into.
+
+    Parameters
+    ----------
+    root
+        The project's root.
+    profile
+        The profile's name.
+    folder
+        The run's folder.
+    record
+        Where its record will be; None where it writes none.
+    """
+
+    root: Path
+    profile: str
+    folder: Path
+    record: Path | None
+
+    @property
+    def copy(self) -> Path:
+        """The executed copy, while it comes to be."""
+        return self.folder / "executed.ipynb"
+
+    @property
+    def own_record(self) -> Path:
+        """Where the run writes its record."""
+        return self.folder / ("record.json" if self.record is None else self.record.name)
+
+    def parameters(self, notebook: Notebook, parameters: dict[str, Any]) -> Path:
+        """Write the parameters, with the run's own record, and return the file."""
+        if self.record is not None:
+            own = os.path.relpath(self.own_record, notebook.path.parent)
+            parameters = {**parameters, "record": Path(own).as_posix()}
+        path = self.folder / "parameters.yaml"
+        # YAML and not JSON: papermill reads JSON's 1e-05 as text.
+        path.write_text(yaml.safe_dump(parameters, sort_keys=False), encoding="utf-8")
+        return path
+
+    def shown(self, text: str) -> str:
+        """Return a text of the run with places as a reader knows them, from the project's root."""
+        if self.record is not None:
+            own = self.own_record.relative_to(self.root).as_posix()
+            text = text.replace(own, self.record.relative_to(self.root).as_posix())
+        return text.replace(f"{json.dumps(str(self.root))[1:-1]}/", "")
+
+
+def _foreign_records(
+    root: Path, profile: str, notebook: Notebook, parameters: dict[str, Any]
+) -> list[str]:
+    """Return the records that a notebook would read and that their notebooks did not leave so."""
+    folder = root / "build" / profile / "records"
+    if "records" not in parameters or _place(notebook, parameters["records"]) != folder:
+        return []
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        known = read_known(folder.with_name("executed") / f"{path.stem}.ipynb")
+        if known is None or known.get("record") != sum_of(path):
+            found.append(path.name)
+    return found
+
+
+def execute(
+    root: Path, profile: str, notebook: Notebook, parameters: dict[str, Any], children: Children
+) -> Outcome:
     """Execute one notebook, if what it depends on has changed.
 
     Parameters
@@ -570,58 +625,85 @@ def execute(root: Path, profile: str, notebook: Notebook, parameters: dict[str, 
         The notebook. It runs in its own folder, as it does in Jupyter.
     parameters
         What the profile gives it.
+    children
+        Ends the run when this process ends.
 
     Returns
     -------
     Outcome
-        The executed copy is in place only if no cell failed.
+        Copy and record are in place only if no cell failed.
     """
     target = executed_path(root, profile, notebook)
     if is_current(root, profile, notebook, parameters):
         _report(notebook.name, "unchanged")
         return Outcome(notebook, "unchanged", target)
-    key = cache_key(root, notebook, parameters)  # of what is about to run, not of later edits
-    target.parent.mkdir(parents=True, exist_ok=True)
     failed = target.with_suffix(".failed.ipynb")
-    failed.unlink(missing_ok=True)
-    running = target.with_suffix(".running.ipynb")
-    running.unlink(missing_ok=True)
-    settings = target.with_suffix(".parameters.yaml")
-    # YAML and not JSON: papermill reads JSON's 1e-05 as text.
-    settings.write_text(yaml.safe_dump(parameters, sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "papermill", str(notebook.path), str(running)]
-    command += ["--parameters_file", str(settings), "--kernel", "python3", "--language", "python"]
-    command += ["--cwd", str(notebook.path.parent), "--no-progress-bar", "--log-level", "ERROR"]
-    _report(notebook.name, "running")
     started = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=_environment(root, root / "build" / profile),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     try:
-        while True:
-            try:
-                _, stderr = process.communicate(timeout=HEARTBEAT)
-                break
-            except subprocess.TimeoutExpired:
-                _report(notebook.name, "running", time.monotonic() - started, _progress(running))
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        settings.unlink(missing_ok=True)
+        failed.unlink(missing_ok=True)
+        error = _run(root, profile, notebook, parameters, children, failed)
+    except OSError as fault:
+        error = _unwritable(target, fault)
     took = time.monotonic() - started
-    if process.returncode:
-        if running.exists():
-            running.replace(failed)
+    if children.ended:
+        return Outcome(notebook, "interrupted", failed, took, "interrupted")
+    if error:
         _report(notebook.name, "FAILED", took)
-        return Outcome(notebook, "failed", failed, took, _failure(failed, stderr))
-    _finish(root, running, notebook, key, profile, parameters, took)
-    running.replace(target)
+        return Outcome(notebook, "failed", failed, took, error)
     _report(notebook.name, "executed", took)
     return Outcome(notebook, "executed", target, took)
+
+
+def _run(
+    root: Path,
+    profile: str,
+    notebook: Notebook,
+    parameters: dict[str, Any],
+    children: Children,
+    failed: Path,
+) -> str:
+    """Execute a notebook in a folder of its own; return what went wrong, or nothing."""
+    foreign = _foreign_records(root, profile, notebook, parameters)
+    if foreign:
+        return (
+            f"in build/{profile}/records, {', '.join(foreign)} is not what a notebook left there; "
+            "execute all notebooks again, or remove what belongs to none"
+        )
+    key = cache_key(root, notebook, parameters)  # of what is about to run, not of later edits
+    runs = root / "build" / profile / "runs"
+    folder = Path(tempfile.mkdtemp(prefix=f"{notebook.name}-", dir=runs))
+    run = Run(root, profile, folder, _record_of(notebook, parameters))
+    arguments = [str(notebook.path), str(run.copy)]
+    arguments += ["--parameters_file", str(run.parameters(notebook, parameters))]
+    arguments += ["--kernel", "python3", "--language", "python", "--cwd", str(notebook.path.parent)]
+    arguments += ["--no-progress-bar", "--log-level", "ERROR"]
+    _report(notebook.name, "running")
+    started = time.monotonic()
+    process = children.start(
+        "papermill",
+        arguments,
+        _environment(root, root / "build" / profile),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while True:
+        try:
+            _, stderr = process.communicate(timeout=HEARTBEAT)
+            break
+        except subprocess.TimeoutExpired:
+            _report(notebook.name, "running", time.monotonic() - started, _progress(run.copy))
+    error = ""
+    if process.returncode:
+        if run.copy.exists() and not children.ended:
+            run.copy.replace(failed)
+        error = _failure(failed, stderr) or f"its process ended with status {process.returncode}"
+    elif run.record is not None and not run.own_record.exists():
+        error = "it wrote no record, though it has the parameter record"
+    else:
+        _keep(run, notebook, key, parameters, time.monotonic() - started)
+    shutil.rmtree(folder, ignore_errors=True)
+    return error
 
 
 @contextmanager
@@ -632,15 +714,26 @@ def lock(folder: Path) -> Iterator[None]:
     ----------
     folder
         The folder; made if it does not exist.
+
+    Raises
+    ------
+    ProjectError
+        If the folder can't be written into.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    held = FileLock(folder / "lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            held.acquire(timeout=0)
+        except Timeout:
             print(f"another run is at work in {folder}; waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            held.acquire()
+    except OSError as error:
+        raise ProjectError(_unwritable(folder, error)) from error
+    try:
         yield
+    finally:
+        held.release()
 
 
 def run(
@@ -667,20 +760,40 @@ def run(
     Raises
     ------
     ProjectError
-        If a name, the profile or a parameter is wrong; then nothing was executed.
+        If a name, the profile or a parameter is wrong, or a folder can't be written into; then
+        nothing was executed.
     """
+    if sys.platform == "win32":
+        raise ProjectError(
+            "notebooks are executed on Linux and macOS; on Windows use WSL (the library itself "
+            "works there)"
+        )
+    if jobs < 1:
+        raise ProjectError(f"jobs must be 1 or more, but is {jobs}")
     profiles = read_profile(root, profile)
     work = []
     for notebook in find_notebooks(root, names):
         parameters = parameters_of(notebook, profiles, profile)
         check_parameters(notebook, parameters, profile)
+        check_places(root, notebook, parameters, profile)
         work.append((notebook, parameters))
     # Those that read the others' records come last.
     turns = [[one for one in work if ("records" in one[1]) == last] for last in (False, True)]
     outcomes: list[Outcome] = []
-    with lock(root / "build" / profile), ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+    build = root / "build" / profile
+    with (
+        lock(build),
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+        Children() as children,
+    ):
+        # Left by a runner that was killed; while the lock is held nobody else is at work.
+        shutil.rmtree(build / "runs", ignore_errors=True)
+        records = {record.parent for one in work if (record := _record_of(*one))}
+        _refuse_unwritable({build / "runs", build / "executed", *records})
+        for folder in (build / "executed", *records):
+            clear(folder)
         for turn in turns:
-            pending = [pool.submit(execute, root, profile, *one) for one in turn]
+            pending = [pool.submit(execute, root, profile, *one, children) for one in turn]
             try:
                 outcomes += [future.result() for future in as_completed(pending)]
             except BaseException:
@@ -703,7 +816,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", help="names of notebooks; none means all")
     parser.add_argument("--profile", default="default", help="a file of notebooks/profiles")
-    parser.add_argument("--jobs", type=int, default=2, help="how many notebooks run at once")
+    parser.add_argument("--jobs", type=int, default=2, help="how many notebooks run at once, >= 1")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     print(f"Notebooks, profile {options.profile}", flush=True)
