@@ -388,6 +388,16 @@ def test_an_edited_value_counts_and_not_the_default() -> None:
     check_parameters({**cells, "m": 5, "share": 0.2}, "m > 0")
 
 
+def test_a_cell_with_an_expression_declares_as_well() -> None:
+    cells = ["", "m: int = 2 * 5\nseeds = list(range(3))", "# Parameters\nm = 4\nseed = 1", "check"]
+    with pytest.raises(ValueError, match="unknown parameter seed; did you mean seeds"):
+        check_parameters({"In": cells, "m": 4, "seed": 1, "seeds": [0, 1, 2]}, "m > 0")
+
+
+def test_without_the_parameters_cell_no_name_is_unknown() -> None:
+    check_parameters({"In": ["", "# Parameters\nm = 4", "check"], "m": 4}, "m > 0")
+
+
 @pytest.mark.parametrize(
     ("cell", "kinds"),
     [
@@ -415,6 +425,7 @@ def test_types_are_read_from_annotation_and_default(cell: str, kinds: list[str])
     [
         ("int", 1, True),
         ("int", True, False),
+        ("int", 10**400, True),
         ("int", 1.0, False),
         ("float", 1, True),
         ("float", False, False),

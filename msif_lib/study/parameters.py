@@ -41,7 +41,7 @@ EVERYWHERE = {
     "test_size": "test_size is None or test_size >= 1",
     "removals": "removals >= 3",  # a correlation needs three points
     "epochs": "epochs >= 1",
-    "l2": "l2 > 0",
+    "l2": "l2 > 0",  # else there may be no minimum
     "l2_pretrain": "l2_pretrain > 0",
     "l2_finetune": "l2_finetune > 0",
     "alpha": "alpha > 0",
@@ -112,7 +112,7 @@ def _literal(value: ast.expr | None) -> Any:
     """Return what an expression of literals stands for; None for any other."""
     try:
         return None if value is None else ast.literal_eval(value)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
 
 
@@ -234,7 +234,7 @@ def type_fault(parameter: Parameter, value: Any) -> str:
             f"must be {' or '.join(kinds)}, but is {_short(value)} ({type(value).__name__})"
             f"{_mend(parameter, value)}"
         )
-    elif not all(map(math.isfinite, _numbers(value))):
+    elif not all(math.isfinite(one) for one in _numbers(value) if isinstance(one, float)):
         fault = f"must be finite, but is {_short(value)}"
     elif min(_numbers(value), default=0) < 0 <= min(_numbers(parameter.default), default=0):
         fault = f"must not be negative, but is {_short(value)}"
@@ -261,16 +261,14 @@ def unknown_fault(known: Mapping[str, Parameter], name: str) -> str:
 
 
 def _is_declaration(source: str) -> bool:
-    """Return whether a cell gives names literal values and does nothing else."""
+    """Return whether a cell gives names their values and does nothing else."""
     try:
         statements = ast.parse(source).body
-        for statement in statements:
-            if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
-                return False
-            ast.literal_eval(statement.value)
-    except (SyntaxError, ValueError):
+    except SyntaxError:
         return False
-    return bool(statements)
+    return bool(statements) and all(
+        isinstance(statement, ast.Assign | ast.AnnAssign) for statement in statements
+    )
 
 
 def _cells(
@@ -419,7 +417,7 @@ def check_parameters(namespace: dict[str, Any], *conditions: str) -> None:
     """
     used = {name for condition in conditions for name in _names(condition)}
     known, injected = _cells(namespace.get("In", ()), used)
-    faults = [fault for name in injected if (fault := unknown_fault(known, name))]
+    faults = [fault for name in injected if known and (fault := unknown_fault(known, name))]
     wrong = set()
     for name, parameter in known.items():
         if name in namespace and (fault := type_fault(parameter, namespace[name])):
