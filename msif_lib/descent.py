@@ -196,7 +196,7 @@ class Path(OwnState):
             )
         indices = [torch.as_tensor(batch, dtype=torch.long, device="cpu") for batch in taken]
         steps = Steps(stage, first, indices, optimiser, learning_rates, noise_seed, augment)
-        way, differing = (end - first).norm(), []
+        way, differing = _length(end - first), []
 
         def compare(state: State) -> None:
             if state.step in given:
@@ -213,7 +213,7 @@ class Path(OwnState):
             )
             raise ValueError(
                 "batches, learning_rates and optimiser do not lead from start to the stage's "
-                f"parameters: the repetition ends {float((path.end - end).norm()):.1e} from them, "
+                f"parameters: the repetition ends {float(_length(path.end - end)):.1e} from them, "
                 f"on a way of {float(way):.1e}; {where}. Compare the order of the batches, the "
                 "rate of each step, weights= and l2= of the stage (torch's coupled weight_decay), "
                 "and see that dropout and augmentation drew from noise_seed or not at all"
@@ -224,8 +224,13 @@ class Path(OwnState):
 
 def _near(a: Tensor, b: Tensor, way: Tensor) -> bool:
     """Whether two ends of a training of length `way` are the same but for rounding."""
-    rounding = 100 * torch.finfo(b.dtype).eps * b.norm()
-    return bool((a - b).norm() <= _TOLERANCE.get(b.dtype, _LOW_PRECISION) * way + rounding)
+    rounding = 100 * torch.finfo(b.dtype).eps * _length(b)
+    return bool(_length(a - b) <= _TOLERANCE.get(b.dtype, _LOW_PRECISION) * way + rounding)
+
+
+def _length(difference: Tensor) -> Tensor:
+    """‖·‖, of numbers whose squares single precision cannot hold too."""
+    return difference.norm(dtype=torch.float64)
 
 
 def _as_vector(stage: Stage, state: Tensor | Mapping[str, Tensor]) -> Tensor:
@@ -418,7 +423,7 @@ def pull_back(
     if cotangent.dim() != 2 or len(cotangent) != size:
         raise ValueError(f"cotangent must be ({size}, k), not {tuple(cotangent.shape)}")
     # Not compared with where the modules are now: what came after may have trained them further.
-    way, steps = (path.end - path.start).norm(), path.steps(stage)
+    way, steps = _length(path.end - path.start), path.steps(stage)
     steps.require_second_derivatives()
     walk = _Walk(steps, cotangent, of)
     if keep is not None and (kept := keep.get()) is not None:

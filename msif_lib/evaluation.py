@@ -12,6 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 _Statistic = Callable[..., Any]
 
+# Values that differ by this share of their size differ by rounding.
+_ROUNDING = 8 * np.finfo(float).eps
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -43,8 +46,9 @@ def _paired(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np
         raise ValueError(f"a correlation needs at least 3 points, not {len(a)}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("x and y must be finite")
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError("a correlation is not defined where x or y is constant")
+    for one in (a, b):
+        if np.ptp(one) <= _ROUNDING * np.abs(one).max():
+            raise ValueError("a correlation is not defined where x or y is constant")
     return a, b
 
 
@@ -73,9 +77,15 @@ def _bootstrap(
     return Estimate(float(statistic(*samples)), float(low), float(high))
 
 
-def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+def _centred(x: NDArray[np.float64], axis: int) -> tuple[NDArray[np.float64], Any]:
+    """Differences from the mean in units of the largest, whose squares are numbers, and that."""
     x = x - x.mean(axis, keepdims=True)
-    y = y - y.mean(axis, keepdims=True)
+    size = np.abs(x).max(axis, keepdims=True)
+    return x / size, size.squeeze(axis)
+
+
+def _pearson(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    x, y = _centred(x, axis)[0], _centred(y, axis)[0]
     return (x * y).sum(axis) / np.sqrt((x * x).sum(axis) * (y * y).sum(axis))
 
 
@@ -86,8 +96,8 @@ def _spearman(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) ->
 
 
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
-    x = x - x.mean(axis, keepdims=True)
-    return (x * (y - y.mean(axis, keepdims=True))).sum(axis) / (x * x).sum(axis)
+    (x, x_size), (y, y_size) = _centred(x, axis), _centred(y, axis)
+    return (x * y).sum(axis) / (x * x).sum(axis) * (y_size / x_size)
 
 
 def pearson(

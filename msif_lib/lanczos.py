@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.solvers import FailedSolve, Operator, SolveReport, SolverWarning
+from msif_lib.support.arguments import check_limits
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import in_own_state
 
@@ -60,6 +61,8 @@ def functions_of(
 
     Raises
     ------
+    TypeError, ValueError
+        `tol` is no number between 0 and 1, or `max_iterations` no whole number from 1 on.
     FailedSolve
         The first result is zero, or any is not finite, for a column that is not zero; a product
         with A is not finite.
@@ -69,12 +72,14 @@ def functions_of(
     SolverWarning
         The tolerance was not reached.
     """
+    check_limits(tol, max_iterations)
     if tol is None:
         tol = 1e-8 if b.dtype == torch.float64 else 1e-4
     limit, dtype = min(len(b), max_iterations or 300), b.dtype
     b = b.to(torch.promote_types(dtype, torch.float32))
-    lengths = b.norm(dim=0)
-    basis = [b / torch.where(lengths > 0, lengths, 1.0)]
+    # Norms and inner products are in double precision, where no square of theirs is lost.
+    lengths = b.norm(dim=0, dtype=torch.float64)
+    basis = [_divided(b, lengths)]
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     before: list[Tensor] | None = None
@@ -88,11 +93,11 @@ def functions_of(
                     f"Lanczos: {system}: a product with A is not finite; look for non-finite "
                     "second derivatives (sqrt or norm at zero) or overflow in float32"
                 )
-            alphas.append((v * w).sum(0))
+            alphas.append((v.double() * w).sum(0))
             for _ in range(2):  # once more, for rounding has left some of them in
                 for old in basis:
                     w = w - old * (old * w).sum(0)
-            beta = w.norm(dim=0)
+            beta = w.norm(dim=0, dtype=torch.float64)
             bar.update()
             size = max(float(torch.stack(alphas).abs().max()), float(beta.max()))
             # A direction that is rounding only: the Krylov space holds all of b.
@@ -114,10 +119,10 @@ def functions_of(
                 if ended or bool((change <= tol).all()):
                     break
             betas.append(beta)
-            basis.append(w / torch.where(beta > 0, beta, 1.0) * (beta > 0))
+            basis.append(_divided(w, beta))
     results = [
-        sum((v * weights for v, weights in zip(basis, coefficients)), torch.zeros_like(b)) * lengths
-        for coefficients in before
+        sum((v * weights for v, weights in zip(basis, coefficients)), torch.zeros_like(b)).to(dtype)
+        for coefficients in (weights * lengths for weights in before)
     ]
     converged = bool((change <= tol).all())
     report = SolveReport(
@@ -143,7 +148,13 @@ def functions_of(
         )
     if not converged:
         warn_caller(f"Lanczos: {report.message}", SolverWarning)
-    return [result.to(dtype) for result in results], report
+    return results, report
+
+
+def _divided(columns: Tensor, lengths: Tensor) -> Tensor:
+    """Columns of length 1, or zero where that is the length."""
+    inverse = torch.where(lengths > 0, 1 / torch.where(lengths > 0, lengths, 1.0), 0.0)
+    return (columns.double() * inverse).to(columns.dtype)
 
 
 def _coefficients(f: Spectral, alphas: list[Tensor], betas: list[Tensor]) -> Tensor:

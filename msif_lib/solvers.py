@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Protocol
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.minres import Iterate, minimal_residual
+from msif_lib.minres import Iterate, Preconditioner, minimal_residual
+from msif_lib.support.arguments import check_limits, not_negative, whole
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import OwnState
 
@@ -139,8 +140,7 @@ class Solver(OwnState, ABC):
     _warns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.damping, str) or not 0 <= self.damping < float("inf"):
-            raise ValueError(f"damping must be zero or positive, not {self.damping!r}")
+        not_negative("damping", self.damping)
 
     def __call__(self, operator: Operator, b: Tensor, *, progress: bool = False) -> Solution:
         """The same as :meth:`solve`."""
@@ -166,7 +166,7 @@ class Solver(OwnState, ABC):
         Raises
         ------
         ValueError
-            `b` does not fit the operator, or is not finite.
+            `b` does not fit the operator, has no columns, or is not finite.
         FailedSolve
             The solution is zero for a right-hand side that is not, or overflowed.
         FloatingPointError
@@ -182,6 +182,8 @@ class Solver(OwnState, ABC):
                 f"right-hand side of shape {tuple(b.shape)} does not fit an operator of shape "
                 f"{tuple(operator.shape)}"
             )
+        if not b.numel():
+            raise ValueError(f"there is no right-hand side to solve for in shape {tuple(b.shape)}")
         if not b.isfinite().all():
             raise ValueError("the right-hand side is not finite")
         columns = b[:, None] if b.dim() == 1 else b
@@ -221,10 +223,17 @@ class Solver(OwnState, ABC):
 
 
 def _checked(product: Tensor) -> Tensor:
-    if not product.isfinite().all():
+    """A product with A, if it is finite, and above what its dtype holds with all digits."""
+    size = float(product.abs().amax()) if product.numel() else 0.0
+    if not math.isfinite(size):
         raise FloatingPointError(
             "a product with the operator is not finite; look for non-finite second derivatives "
             "(sqrt or norm at zero) or overflow in float32"
+        )
+    if 0 < size < torch.finfo(product.dtype).tiny and product.dtype.itemsize >= 4:
+        raise FloatingPointError(
+            f"a product with the operator is of size {size:.0e}, where {product.dtype} loses "
+            "digits; give the loss and its regularizer in larger units, or solve in float64"
         )
     return product
 
@@ -263,6 +272,8 @@ def _scales(b: Tensor) -> Tensor:
 # A Krylov run ends when its recurrence promises a residual this much smaller than the true one,
 # which is measured every so many iterations.
 _DRIFT, _DRIFT_EVERY = 10.0, 100
+# A run stagnates where so many iterations have not brought the residual down by this share.
+_PATIENCE, _LEAST_GAIN = 100, 0.1
 # A residual above this is reached before a preconditioner would be ready (and half precision, whose
 # default it is, is none that one could be factorised in).
 _ROUGH = 5e-3
@@ -294,6 +305,13 @@ def _conjugate_gradient(
         yield Iterate(x, rho.sqrt(), negative)
 
 
+def _stagnates(history: Sequence[float]) -> bool:
+    """Whether the last iterations have brought the residual down by next to nothing."""
+    if len(history) <= _PATIENCE or len(history) % 10:
+        return False
+    return min(history[-_PATIENCE:]) > (1 - _LEAST_GAIN) * min(history[:-_PATIENCE])
+
+
 @dataclass
 class _Run:
     """A Krylov solve under way: of each column the best iterate yet, with its true residual.
@@ -310,6 +328,8 @@ class _Run:
         In which products are computed.
     bar
         Where progress is shown.
+    plain
+        The method without the preconditioner, to go on with where it stagnates with it.
     x, residual, norms
         Iterates ``(p, k)``, b − A x as measured by a product, and its norms ``(k,)``.
     lengths
@@ -318,6 +338,8 @@ class _Run:
         Of each column ``(k,)``.
     products, history, negative, size
         As the report states them, and what is known of ‖A‖.
+    dropped
+        What became of the preconditioner, in words, where it was dropped.
     """
 
     iteration: _Iteration
@@ -328,6 +350,7 @@ class _Run:
     definite: bool
     dtype: torch.dtype
     bar: tqdm
+    plain: _Iteration | None = None
     x: Tensor = field(init=False)
     residual: Tensor = field(init=False)
     norms: Tensor = field(init=False)
@@ -337,6 +360,7 @@ class _Run:
     history: list[float] = field(default_factory=list)
     negative: bool = False
     size: float = 0.0
+    dropped: str = ""
 
     def __post_init__(self) -> None:
         self.x, self.residual = torch.zeros_like(self.b), self.b.clone()
@@ -361,14 +385,19 @@ class _Run:
     def solve(self) -> None:
         """Run again on what is left while that at least halves it: rounding sets a floor.
 
-        Where a block of right-hand sides gets no further, each goes on by itself.
+        Where a block of right-hand sides gets no further, each goes on by itself. Where that ends
+        too, or stagnates, with a preconditioner, all go on without it.
         """
         together, before = self.b.shape[1] > 1, torch.inf
         while (worst := self.worst) > self.tol and not self.broken:
             if worst > 0.5 * before:
-                if not together:
+                if together:
+                    together = False
+                elif self.plain is not None:
+                    self.drop()
+                else:
                     return
-                together, before = False, torch.inf
+                before = torch.inf
                 continue
             before = worst
             left = (self.norms > self.target).cpu() & (self.iterations < self.limit)
@@ -382,6 +411,7 @@ class _Run:
         """One run on the residual of some columns, in step."""
         start, trial = self.x[:, columns], self.x[:, columns]
         wanted, promised = self.target[columns], self.norms.clone()
+        begun = len(self.history)
         for state in self.iteration(self.product, self.residual[:, columns], wanted, self.size):
             if not state.norms.isfinite().all():
                 break
@@ -391,11 +421,20 @@ class _Run:
             self.note(columns, float((promised / self.lengths).max()))
             if int(self.iterations[columns.cpu()].max()) >= self.limit:
                 break
+            if self.plain is not None and _stagnates(self.history[begun:]):
+                self.drop()
+                break
             if len(self.history) % _DRIFT_EVERY == 0:
                 expected = torch.maximum(state.norms, wanted)
                 if bool((self.measure(trial, columns) > _DRIFT * expected).any()):
                     return
         self.measure(trial, columns)
+
+    def drop(self) -> None:
+        """Go on without the preconditioner, from the best iterates."""
+        assert self.plain is not None
+        self.dropped = f", dropped after {len(self.history)} iterations, in which it stagnated"
+        self.iteration, self.plain, self.size = self.plain, None, 0.0
 
     def note(self, columns: Tensor, residual: float) -> None:
         """Count an iteration of some columns and show the residual promised."""
@@ -450,10 +489,7 @@ class _Krylov(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tol is not None and not 0 < self.tol < 1:
-            raise ValueError(f"tol must lie between 0 and 1, not {self.tol}")
-        if self.max_iterations is not None and self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, not {self.max_iterations}")
+        check_limits(self.tol, self.max_iterations)
 
     def _run(
         self,
@@ -462,10 +498,12 @@ class _Krylov(Solver):
         b: Tensor,
         progress: bool,
         definite: bool = False,
+        preconditioner: Preconditioner | None = None,
     ) -> tuple[Tensor, SolveReport]:
         """Iterate, measure the true residual, and begin again on it while that helps.
 
-        `definite` says that the method needs a positive definite matrix.
+        `definite` says that the method needs a positive definite matrix; with a `preconditioner`
+        the method takes that, as long as it helps.
         """
         worked = b.to(_working(b.dtype))
         scales = _scales(worked)
@@ -477,6 +515,9 @@ class _Krylov(Solver):
                 iteration, matrix, worked / scales, self._tolerance(b.dtype), limit, definite,
                 b.dtype, bar,
             )  # fmt: skip
+            if preconditioner:
+                run.plain = iteration
+                run.iteration = partial(iteration, preconditioner=preconditioner)  # type: ignore[call-arg]
             run.solve()
         report = SolveReport(
             solver=type(self).__name__,
@@ -489,6 +530,7 @@ class _Krylov(Solver):
             converged=run.worst <= run.tol,
             negative_curvature=run.negative,
             message=self._message(run),
+            preconditioner=f"{preconditioner or 'none'}{run.dropped}",
         )
         return (run.x * scales).to(b.dtype), report
 
@@ -504,15 +546,19 @@ class _Krylov(Solver):
                 f"{run.worst:.1e}. Train to a minimum, raise the damping, or use MinRes, which "
                 "does not need a definite matrix"
             )
-        why = (
-            f"stopped at the limit of {run.limit} iterations"
-            if iterations >= run.limit
-            else "stagnated: the system is singular, or "
-            f"{str(run.dtype).removeprefix('torch.')} allows no more"
-        )
+        wanted = f"relative residual {run.worst:.1e} where {run.tol:.1e} was asked for"
+        gained = run.history[: -max(_PATIENCE, len(run.history) // 4)]
+        if iterations >= run.limit and not (gained and run.worst > (1 - _LEAST_GAIN) * min(gained)):
+            return (
+                f"stopped at the limit of {run.limit} iterations: {wanted}. Allow more "
+                "iterations, raise the damping, or solve in float64"
+            )
+        precise = run.dtype == torch.float64
         return (
-            f"{why}: relative residual {run.worst:.1e} where {run.tol:.1e} was asked for. Allow "
-            "more iterations, raise the damping, or solve in float64"
+            "stagnated: the system is singular, or "
+            f"{str(run.dtype).removeprefix('torch.')} allows no more: {wanted} after {iterations} "
+            "iterations, and more would not help. Raise the damping or the weight decay"
+            + ("" if precise else ", or solve in float64 (Stage.to(torch.float64))")
         )
 
     def _tolerance(self, dtype: torch.dtype) -> float:
@@ -578,18 +624,22 @@ class MinRes(_Krylov):
     precondition: bool = True
     memory: int = 2**29
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole("memory", self.memory, 0)
+
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         preconditioner = None
         rough = self._tolerance(b.dtype) > _ROUGH
         if self.precondition and not rough and hasattr(operator, "preconditioner"):
             preconditioner = operator.preconditioner(self.damping)
-        x, report = self._run(
-            partial(minimal_residual, preconditioner=preconditioner, memory=self.memory),
+        return self._run(
+            partial(minimal_residual, preconditioner=None, memory=self.memory),
             lambda x: operator @ x + self.damping * x,
             b,
             progress,
+            preconditioner=preconditioner,
         )
-        return x, replace(report, preconditioner=str(preconditioner or "none"))
 
 
 @dataclass(frozen=True)
@@ -613,6 +663,9 @@ class Dense(Solver):
         shifted = matrix + self.damping * torch.eye(
             len(matrix), dtype=working, device=matrix.device
         )
+        # In units in which no square of an entry is lost.
+        unit, units = _scales(shifted.reshape(-1, 1)), _scales(right)
+        shifted, right = shifted / unit, right / units
         eps = torch.finfo(working).eps
         factor, failed = torch.linalg.cholesky_ex(shifted)
         pivots = factor.diagonal() ** 2
@@ -628,7 +681,8 @@ class Dense(Solver):
             x = vectors @ (inverse[:, None] * (vectors.T @ right))
             converged = not bool(small.any())
             message = (
-                f"{self._system} is not positive definite (lowest eigenvalue {values[0]:.1e}); "
+                f"{self._system} is not positive definite (lowest eigenvalue "
+                f"{float(values[0] * unit):.1e}); "
                 "solved by eigenvalues"
                 if converged
                 else f"{self._system} is singular ({int(small.sum())} eigenvalues are zero to "
@@ -647,7 +701,7 @@ class Dense(Solver):
             negative_curvature=not definite,
             message=message,
         )
-        return x.to(b.dtype), report
+        return (x.double() * units / unit).to(b.dtype), report
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.descent import SGD, AdamW, Batches, Path, descend
 from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import positive, whole
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Nested, map_leaves
-from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
@@ -52,7 +52,8 @@ _ValueAndGradient = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Saddles left in one training, at most.
 _ESCAPES = 10
-# Eigenvalues this far below zero are rounding of the eigenvalue search, not a saddle.
+# Eigenvalues that are below zero by this share of the largest in size are rounding of the search
+# for them, not a saddle.
 _FLAT = 1e-5
 # Up to this many parameters eigenvalues come from the dense Hessian.
 _SMALL = 100
@@ -120,7 +121,7 @@ def train(
         The stage; training starts at the parameters of its modules and ends there. What the stage
         does not train stays.
     tol
-        Gradient norm to be reached. In float32 not below about 1e-5.
+        Gradient norm to be reached, in the loss's units. In float32 not below about 1e-5.
     head_only
         Keep what is shared fixed (the finetuning of case 1).
     towards, alpha
@@ -140,22 +141,23 @@ def train(
 
     Raises
     ------
-    ValueError
-        `towards` without `alpha` or the reverse, α ≤ 0, or a proximal term with `head_only`; no
-        parameter that the stage trains.
+    TypeError, ValueError
+        A setting that is no number or outside its range; `towards` of another shape, dtype or
+        device, without `alpha` or the reverse, or with `head_only`; no parameter that the stage
+        trains.
 
     Warns
     -----
     TrainingWarning
         The tolerance was not reached.
     """
-    if (towards is None) != (alpha is None):
-        raise ValueError("towards and alpha belong together: give both or neither")
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be positive, not {alpha}")
-    if alpha is not None and head_only:
-        raise ValueError("a proximal term on the embedding has no place in head_only training")
-
+    _check_pull(stage, towards, alpha, head_only)
+    for name, number in (("tol", tol), ("learning_rate", learning_rate)):
+        positive(name, number)
+    for name, count in (("epochs", epochs), ("newton_steps", newton_steps), ("seed", seed)):
+        whole(name, count, 0)
+    for name, count in (("minibatch", minibatch), ("lbfgs_evaluations", lbfgs_evaluations)):
+        whole(name, count, 1)
     free = tuple(n for n in stage.trained if not head_only or n in stage.own)
     if not free:
         raise ValueError("the stage trains no parameter; say which with trained=")
@@ -178,18 +180,19 @@ def train(
         evaluations += used
         x, taken = _newton(evaluate, hessian, x, tol, newton_steps)
         steps += taken
-        lowest, direction = _lowest_eigenpair(hessian(x), seed)
-        if lowest >= -_FLAT or escapes == _ESCAPES or evaluations >= lbfgs_evaluations:
+        lowest, direction, largest = _lowest_eigenpair(hessian(x), seed)
+        minimum = lowest >= -_FLAT * largest
+        if minimum or escapes == _ESCAPES or evaluations >= lbfgs_evaluations:
             break
         x = _leave_saddle(evaluate, x, direction)
         escapes += 1
     load(x)
     value, gradient = evaluate(x)
-    norm = float(gradient.norm())
+    norm = _length(gradient)
     report = TrainingReport(
         gradient_norm=norm,
         tol=tol,
-        converged=norm <= tol and lowest >= -_FLAT,
+        converged=norm <= tol and minimum,
         objective=float(value),
         lowest_eigenvalue=lowest,
         epochs=epochs,
@@ -207,6 +210,26 @@ def train(
     return report
 
 
+def _check_pull(stage: Stage, towards: Tensor | None, alpha: float | None, head_only: bool) -> None:
+    if not isinstance(stage, Stage):
+        raise TypeError(f"train takes a Stage first, not a {type(stage).__name__}")
+    if (towards is None) != (alpha is None):
+        raise ValueError("towards and alpha belong together: give both or neither")
+    if alpha is None or towards is None:
+        return
+    positive("alpha", alpha)
+    if head_only:
+        raise ValueError("a proximal term on the embedding has no place in head_only training")
+    like = stage.vector()[: stage.embedding_size]
+    if not isinstance(towards, Tensor) or towards.shape != like.shape:
+        raise ValueError(f"towards must be a vector {tuple(like.shape)} of what is shared")
+    if towards.dtype != like.dtype or towards.device != like.device:
+        raise ValueError(
+            f"towards is {towards.dtype} on {towards.device}, the stage {like.dtype} on "
+            f"{like.device}; convert it by .to(stage.vector())"
+        )
+
+
 @in_own_state
 def train_kept(
     stage: Stage,
@@ -220,9 +243,10 @@ def train_kept(
     Parameters
     ----------
     stage, tol
-        As for :func:`train`; the stage's data are in memory.
+        As for :func:`train`.
     checkpoint
-        A folder that keeps each training; None: nothing is kept.
+        A folder that keeps each training; None: nothing is kept. Another process that works there
+        is waited for.
     settings
         What else :func:`train` takes.
 
@@ -239,7 +263,14 @@ def train_kept(
     if checkpoint is None:
         return train(stage, tol, **settings)
     kept = Checkpoint(checkpoint)
-    name = f"training-{fingerprint(stage.identity(), tol, settings)}"
+    with kept.held():
+        return _train_kept(stage, tol, kept, settings)
+
+
+def _train_kept(
+    stage: Stage, tol: float, kept: Checkpoint, settings: dict[str, Any]
+) -> TrainingReport:
+    name = f"training-{kept.key(stage.identity(), tol, settings)}"
     found = kept.get(name)
     if found is None:
         report = train(stage, tol, **settings)
@@ -381,14 +412,28 @@ def _lbfgs(
     return torch.from_numpy(result.x).to(x), int(result.nfev)
 
 
-def _lowest_eigenpair(hessian: LinearOperator, seed: int) -> tuple[float, Tensor]:
-    """The lowest eigenvalue of a Hessian, to about 1e-3 of its largest, and its vector."""
-    operator = hessian.to_scipy()
+def _length(gradient: Tensor) -> float:
+    """‖·‖, of numbers whose squares single precision cannot hold too."""
+    return float(gradient.norm(dtype=torch.float64))
+
+
+def _lowest_eigenpair(hessian: LinearOperator, seed: int) -> tuple[float, Tensor, float]:
+    """The lowest eigenvalue of a Hessian, to about 1e-3 of its largest, its vector, and that.
+
+    The last is the largest in size.
+    """
     size = hessian.shape[0]
     if size <= _SMALL:
-        values, vectors = torch.linalg.eigh(hessian.dense())
-        return float(values[0]), vectors[:, 0]
-    settings = {"k": 1, "v0": np.random.default_rng(seed).standard_normal(size), "ncv": 40}
+        values, vectors = torch.linalg.eigh(hessian.dense().double())
+        largest = float(values.abs().max())
+        return float(values[0]), vectors[:, 0].to(hessian.dtype), largest
+    start = np.random.default_rng(seed).standard_normal(size)
+    settings = {"k": 1, "v0": start, "ncv": 40}
+    operator = hessian.to_scipy()
+    # ARPACK counts what is small beside 1 as converged: the Hessian is given in units of its size.
+    length = float(np.linalg.norm((operator @ start).astype(float)) / np.linalg.norm(start))
+    unit = 2.0 ** math.frexp(length)[1] if length else 1.0
+    operator = operator * (1 / unit)
     largest = scipy.sparse.linalg.eigsh(
         operator, which="LA", tol=1e-2, return_eigenvectors=False, **settings
     )[0]
@@ -396,7 +441,8 @@ def _lowest_eigenpair(hessian: LinearOperator, seed: int) -> tuple[float, Tensor
     shifted = operator - largest * scipy.sparse.linalg.aslinearoperator(scipy.sparse.eye(size))
     values, vectors = scipy.sparse.linalg.eigsh(shifted, which="SA", tol=1e-3, **settings)
     lowest = torch.as_tensor(vectors[:, 0], dtype=hessian.dtype, device=hessian.device)
-    return float(values[0] + largest), lowest
+    value = float(values[0] + largest)
+    return unit * value, lowest, unit * max(abs(value), abs(float(largest)))
 
 
 def _leave_saddle(evaluate: _ValueAndGradient, x: Tensor, direction: Tensor) -> Tensor:
@@ -415,7 +461,7 @@ def _newton(
     """Inexact Newton steps while each lowers the gradient norm and the Hessian is definite."""
     gradient = evaluate(x)[1]
     for step in range(limit):
-        norm = float(gradient.norm())
+        norm = _length(gradient)
         if norm <= tol:
             return x, step
         solver = ConjugateGradient(tol=min(0.1, max(0.1 * tol / norm, 1e-8)))
@@ -430,7 +476,7 @@ def _newton(
             return x, step
         trial = x + solution.x
         new_gradient = evaluate(trial)[1]
-        if not float(new_gradient.norm()) < norm:
+        if not _length(new_gradient) < norm:
             return x, step
         x, gradient = trial, new_gradient
     return x, limit

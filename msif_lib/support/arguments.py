@@ -71,6 +71,14 @@ def whole(name: str, value: Any, least: int | None = None, note: str = "") -> in
     return int(value)
 
 
+def check_limits(tol: Any, max_iterations: Any) -> None:
+    """Of a method that iterates: its tolerance, relative, and its limit, each None or a number."""
+    if tol is not None:
+        between("tol", tol)
+    if max_iterations is not None:
+        whole("max_iterations", max_iterations, 1)
+
+
 def indices_of(name: str, values: Any, size: int) -> Tensor:
     """Numbers of some of `size` examples ``(s,)``, from a vector of them or a Boolean mask.
 

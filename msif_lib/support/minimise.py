@@ -136,7 +136,7 @@ def minimise(
     evaluations = torch.ones(count, dtype=torch.long, device=x.device)
     step = torch.ones(count, dtype=x.dtype, device=x.device)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    noise = 10 * torch.finfo(x.dtype).eps
+    noise, tiny = 10 * torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
 
     def direction(gradient: Tensor) -> Tensor:
         """−H_k ∇, by the two-loop recursion over the pairs (s, y, 1/yᵀs)."""
@@ -153,8 +153,8 @@ def minimise(
             r = r + (a - rho * (y * r).sum(1))[:, None] * s
         return -r
 
-    # Without a preconditioner the first step has length one at most.
-    scale = 1 / gradient.norm(dim=1).clamp_min(1.0)
+    # Without a preconditioner the first step has length one at most, in whatever units values are.
+    scale = 1 / gradient.norm(dim=1).maximum(value.abs()).clamp_min(tiny)
     d = direction(gradient)
     while True:
         open_ = (gradient.norm(dim=1) > tol) & (evaluations < max_evaluations)
