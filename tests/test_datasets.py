@@ -2,9 +2,12 @@ import gzip
 import hashlib
 import io
 import os
+import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,8 +56,6 @@ def mnist(folders, monkeypatch):
 @pytest.fixture
 def cifar10(folders, monkeypatch):
     """A tiny archive in CIFAR-10's place, with its md5s."""
-    import pickle
-
     folder = folders[0] / "cifar10"
     folder.mkdir()
     sums = {}
@@ -182,7 +183,7 @@ def test_cifar10_is_read_and_cached(cifar10, folders):
     assert images.class_names[2] == "class 2"
     (cifar10 / datasets.CIFAR10_ARCHIVE).unlink()
     assert torch.equal(load_images("cifar10").test_pixels, images.test_pixels)
-    copy = folders[1] / "cifar10" / "cifar-10-batches-py" / "data_batch_3"
+    copy = folders[1] / "cifar10" / "cifar-10-batches-bin" / "data_batch_3.bin"
     copy.write_bytes(copy.read_bytes()[:-100])
     with pytest.raises(DataFileError, match="is missing"):
         load_images("cifar10")
@@ -192,6 +193,95 @@ def test_missing_cifar10_file_is_named_with_its_place(cifar10):
     (cifar10 / "batches.meta").unlink()
     with pytest.raises(DataFileError, match=r"batches\.meta cannot be read.*into cifar10/"):
         load_images("cifar10")
+
+
+class Planted:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+# Also where torchvision would look for what it made once.
+PLACES = {
+    "cifar10": [
+        *(f"cifar-10-batches-bin/{name}.bin" for name in datasets.CIFAR10_MEMBER_MD5),
+        *(f"cifar-10-batches-py/{name}" for name in datasets.CIFAR10_MEMBER_MD5),
+        *(f"cifar-10-batches-{version}/batches.meta" for version in ("bin", "py")),
+    ],
+    "mnist": [
+        *(f"MNIST/raw/{name}" for name in datasets.MNIST_MD5),
+        "MNIST/processed/training.pt",
+        "MNIST/processed/test.pt",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [(name, place) for name, places in PLACES.items() for place in places]
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_nothing_planted_in_the_cache_is_executed(mnist, cifar10, folders, name, place, cached):
+    if cached:
+        load_images(name)
+    path, mark = folders[1] / name / place, folders[0] / "executed"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(Planted(mark)))
+    images = load_images(name)
+    assert not mark.exists()
+    assert images.train_targets[:10].tolist() == list(range(10))
+    # It would have been.
+    pickle.loads(pickle.dumps(Planted(mark)))
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["batches.meta", datasets.CIFAR10_ARCHIVE])
+def test_nothing_planted_among_the_data_is_executed(cifar10, folders, name):
+    mark = folders[0] / "executed"
+    (cifar10 / name).write_bytes(pickle.dumps(Planted(mark)))
+    with pytest.raises(DataFileError, match="is broken or half-downloaded"):
+        load_images("cifar10")
+    assert not mark.exists()
+
+
+def test_downloaded_cifar10_is_kept_as_the_original_bytes(cifar10, folders, monkeypatch):
+    """A download in torchvision's place: the Python version of the same images."""
+    expected = load_images("cifar10")
+    originals = {path.name: path.read_bytes() for path in (folders[1] / "cifar10").glob("*/*")}
+    shutil.rmtree(folders[1])
+    monkeypatch.delenv("MSIF_DATA")
+    loader = datasets.import_torchvision("torchvision.datasets").CIFAR10
+    files = {}
+    for name in datasets.CIFAR10_MEMBER_MD5:
+        records = np.frombuffer(originals[f"{name}.bin"], np.uint8).reshape(-1, 3073)
+        batch = {"labels": records[:, 0].tolist(), "data": records[:, 1:]}
+        files[name] = pickle.dumps(batch, protocol=2)
+    lists = [[name, md5(content)] for name, content in files.items()]
+    monkeypatch.setattr(loader, "train_list", lists[:5])
+    monkeypatch.setattr(loader, "test_list", lists[5:])
+
+    def download(self):
+        folder = Path(self.root) / loader.base_folder
+        folder.mkdir()
+        for name, content in [*files.items(), ("batches.meta", originals["batches.meta"])]:
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(loader, "download", download)
+    images = load_images("cifar10")
+    assert torch.equal(images.train_pixels, expected.train_pixels)
+    assert torch.equal(images.test_targets, expected.test_targets)
+    kept = {path.name: path.read_bytes() for path in (folders[1] / "cifar10").glob("*/*")}
+    assert kept == originals
+
+    mark = folders[1] / "executed"
+    files["data_batch_2"] = pickle.dumps(Planted(mark))
+    shutil.rmtree(folders[1] / "cifar10")
+    with pytest.raises(DataFileError, match="could not be downloaded"):
+        load_images("cifar10")
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.9])

@@ -1,16 +1,18 @@
 """The data sets of the study, checked file by file, and their division into two stages.
 
-``digits`` comes with scikit-learn. ``mnist`` and ``cifar10`` go through torchvision's loaders:
-from the folder named by the environment variable ``MSIF_DATA``, or downloaded where it is not
-set. That folder may be read-only; what has to be unpacked goes to ``MSIF_CACHE``
-(``~/.cache/msif`` by default). It holds
+``digits`` comes with scikit-learn. ``mnist`` and ``cifar10`` come from the folder named by the
+environment variable ``MSIF_DATA``, or are downloaded by torchvision where it is not set. What has
+to be unpacked goes to ``MSIF_CACHE`` (``~/.cache/msif`` by default). The first folder may be
+read-only; it holds
 
 - ``MNIST/raw/`` with the four original ``.gz`` files;
 - ``cifar10/`` with ``cifar-10-batches-bin.tar.xz``, the six files of the binary version of
   CIFAR-10 in a folder ``cifar-10-batches-bin/``, and ``batches.meta`` of the Python version.
 
-Every file is verified by its md5 before it is used, and the unpacked copy at every loading. A copy
-in the cache that passes is used as it stands; one that does not is made anew.
+The cache keeps the files of the original authors, unpacked: arrays of bytes, and the pickle of
+CIFAR-10's class names. Every file is read once, and what was read is verified by its published md5
+before anything is made of it, at every loading. A copy in the cache that passes is used as it
+stands; one that does not is made anew.
 """
 
 from __future__ import annotations
@@ -24,15 +26,18 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from msif_lib.study.torchvision_cpu import import_torchvision
+
+T = TypeVar("T")
 
 NAMES = ("digits", "mnist", "cifar10")
 
@@ -72,6 +77,7 @@ CIFAR10_MEMBER_MD5 = {
     "data_batch_5": "53f37980c15c3d472c316c40844f3f0d",
     "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
+_CIFAR10_FOLDER, _CIFAR10_META = "cifar-10-batches-bin", "batches.meta"
 CIFAR10_META_MD5 = "5ff9c542aee3614f3951f8cda6e48888"
 
 _HOW = {
@@ -272,14 +278,20 @@ def _read(path: Path, md5: str, how: str) -> bytes:
     return _check(content, md5, str(path), how)
 
 
-def _install(target: Path, build: Callable[[Path], None], is_valid: Callable[[Path], bool]) -> None:
-    """Fill a new folder by `build`, verify it, and move it to `target` in one step.
+def _cached(name: str, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """What `read` finds in the cache; where a file is missing or broken there, `make` it anew.
 
-    Readers see the whole folder or none, and a broken one that stood there is replaced.
+    Readers see the whole folder or none, and a broken one that stood there is replaced. `read`
+    raises `DataFileError` where a file is not as published.
     """
+    target = cache_folder() / name
+    try:
+        return read(target)
+    except DataFileError:
+        pass
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     except OSError as error:
         raise DataFileError(
             f"{target} cannot be written ({error.strerror}); set MSIF_CACHE to a writable folder"
@@ -287,20 +299,21 @@ def _install(target: Path, build: Callable[[Path], None], is_valid: Callable[[Pa
     try:
         new = work / "new"
         new.mkdir()
-        build(new)
-        if not is_valid(new):
-            raise DataFileError(
-                f"the files unpacked for {target} are not those expected; "
-                f"{_HOW[target.name]}, and check that the disk is not full"
-            )
-        if target.exists() and not is_valid(target):
+        make(new)
+        found = read(new)
+        with suppress(FileNotFoundError):
             target.rename(work / "old")
+        new.rename(target)
+        return found
+    except OSError as error:
+        # Another process may have put the same files there in the meantime.
         try:
-            new.rename(target)
-        except OSError:
-            # Another process may have put the same files there in the meantime.
-            if not is_valid(target):
-                raise
+            return read(target)
+        except DataFileError:
+            raise DataFileError(
+                f"{target} cannot be written ({error.strerror}); check that the disk is not full, "
+                "or set MSIF_CACHE to another folder"
+            ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -315,39 +328,50 @@ def _download(loader: Callable[..., Any], name: str, root: Path) -> None:
         ) from error
 
 
-def _mnist_is_valid(root: Path) -> bool:
-    """Whether torchvision's MNIST would read the original files in `root`."""
+def _idx(content: bytes) -> np.ndarray:
+    """The array of bytes in a file of MNIST's format: a magic number, the sizes, the bytes."""
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 * (1 + dimensions)).reshape(shape)
+
+
+def _read_mnist(root: Path) -> dict[str, np.ndarray]:
+    """The verified arrays of the unpacked files in `root`, by name."""
     raw = root / "MNIST" / "raw"
-    return all(
-        (raw / name).is_file() and _md5((raw / name).read_bytes()) == unzipped
+    return {
+        name: _idx(_read(raw / name, unzipped, _HOW["mnist"]))
         for name, (_, unzipped) in MNIST_MD5.items()
-    )
+    }
+
+
+def _make_mnist(folder: Path) -> None:
+    """Unpack MNIST into a folder, from ``MSIF_DATA`` or a download."""
+    data = data_folder()
+    if data is None:
+        _download(import_torchvision("torchvision.datasets").MNIST, "mnist", folder)
+        return
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, (zipped, _) in MNIST_MD5.items():
+        path = data / "MNIST" / "raw" / f"{name}.gz"
+        (raw / name).write_bytes(gzip.decompress(_read(path, zipped, _HOW["mnist"])))
 
 
 def _load_mnist() -> ImageData:
-    loader = import_torchvision("torchvision.datasets").MNIST
-    root = cache_folder() / "mnist"
+    files = _cached("mnist", _make_mnist, _read_mnist)
 
-    def build(folder: Path) -> None:
-        data = data_folder()
-        if data is None:
-            _download(loader, "mnist", folder)
-            return
-        raw = folder / "MNIST" / "raw"
-        raw.mkdir(parents=True)
-        for name, (zipped, _) in MNIST_MD5.items():
-            path = data / "MNIST" / "raw" / f"{name}.gz"
-            (raw / name).write_bytes(gzip.decompress(_read(path, zipped, _HOW["mnist"])))
+    def images(name: str) -> Tensor:
+        return torch.tensor(files[f"{name}-images-idx3-ubyte"])[:, None]
 
-    if not _mnist_is_valid(root):
-        _install(root, build, _mnist_is_valid)
-    train, test = loader(root, train=True), loader(root, train=False)
+    def targets(name: str) -> Tensor:
+        return torch.tensor(files[f"{name}-labels-idx1-ubyte"]).long()
+
     return ImageData(
         name="mnist",
-        train_pixels=train.data[:, None],
-        train_targets=train.targets.long(),
-        test_pixels=test.data[:, None],
-        test_targets=test.targets.long(),
+        train_pixels=images("train"),
+        train_targets=targets("train"),
+        test_pixels=images("t10k"),
+        test_targets=targets("t10k"),
         class_names=tuple(str(digit) for digit in range(10)),
         white=255,
         mean=(0.1307,),
@@ -356,35 +380,54 @@ def _load_mnist() -> ImageData:
     )
 
 
-def _cifar10_is_valid(root: Path) -> bool:
-    """Whether torchvision's CIFAR10 would read the original images and labels in `root`.
-
-    The pickles are compared by content with the official binary version, so that both torchvision's
-    download and pickles made from the binary version pass.
-    """
-    folder = root / "cifar-10-batches-py"
-    try:
-        if _md5((folder / "batches.meta").read_bytes()) != CIFAR10_META_MD5:
-            return False
-        for name, md5 in CIFAR10_MEMBER_MD5.items():
-            with open(folder / name, "rb") as file:
-                batch = pickle.load(file, encoding="latin1")
-            labels = np.asarray(batch["labels"], np.uint8)[:, None]
-            if _md5(np.concatenate([labels, batch["data"]], axis=1).tobytes()) != md5:
-                return False
-    except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
-        return False
-    return True
+def _read_cifar10(root: Path) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The verified records in `root`, one row an image, by file; and the names of the classes."""
+    folder, how = root / _CIFAR10_FOLDER, _HOW["cifar10"]
+    records = {
+        name: np.frombuffer(_read(folder / f"{name}.bin", md5, how), np.uint8).reshape(-1, 3073)
+        for name, md5 in CIFAR10_MEMBER_MD5.items()
+    }
+    return records, _class_names(_read(folder / _CIFAR10_META, CIFAR10_META_MD5, how))
 
 
-def _unpack_cifar10(data: Path, folder: Path) -> None:
-    """Write what torchvision reads, from the binary version in `data`/cifar10."""
-    out = folder / "cifar-10-batches-py"
+def _class_names(verified: bytes) -> tuple[str, ...]:
+    """What CIFAR-10's pickle of class names says; its md5 has been found to be right."""
+    return tuple(pickle.loads(verified, encoding="latin1")["label_names"])
+
+
+def _make_cifar10(folder: Path) -> None:
+    """Unpack the binary version of CIFAR-10 into a folder, from ``MSIF_DATA`` or a download."""
+    out = folder / _CIFAR10_FOLDER
     out.mkdir()
+    data = data_folder()
+    if data is None:
+        _download_cifar10(folder, out)
+    else:
+        _unpack_cifar10(data / "cifar10", out)
+
+
+def _download_cifar10(folder: Path, out: Path) -> None:
+    """Let torchvision download the Python version, and write what it read as the binary one."""
+    loader = import_torchvision("torchvision.datasets").CIFAR10
+    # It compares the files with their published md5s before it unpickles any.
+    _download(loader, "cifar10", folder)
+    python = folder / loader.base_folder
+    (out / _CIFAR10_META).write_bytes((python / _CIFAR10_META).read_bytes())
+    for name, md5 in [*loader.train_list, *loader.test_list]:
+        batch = pickle.loads(_read(python / name, md5, _HOW["cifar10"]), encoding="latin1")
+        labels = np.asarray(batch["labels"], np.uint8)[:, None]
+        records = np.concatenate([labels, batch["data"]], axis=1)
+        (out / f"{name}.bin").write_bytes(records.tobytes())
+    shutil.rmtree(python)
+    (folder / loader.filename).unlink(missing_ok=True)
+
+
+def _unpack_cifar10(data: Path, out: Path) -> None:
+    """Take the class names and the six files of the archive from `data` to `out`."""
     how = _HOW["cifar10"]
-    meta = _read(data / "cifar10" / "batches.meta", CIFAR10_META_MD5, how)
-    (out / "batches.meta").write_bytes(meta)
-    archive = data / "cifar10" / CIFAR10_ARCHIVE
+    meta = _read(data / _CIFAR10_META, CIFAR10_META_MD5, how)
+    (out / _CIFAR10_META).write_bytes(meta)
+    archive = data / CIFAR10_ARCHIVE
     try:
         with tarfile.open(archive, "r:*") as tar:
             members = {member.name.rsplit("/", 1)[-1]: member for member in tar}
@@ -392,11 +435,7 @@ def _unpack_cifar10(data: Path, folder: Path) -> None:
                 file = tar.extractfile(members[f"{name}.bin"])
                 content = b"" if file is None else file.read()
                 _check(content, md5, f"{name}.bin in {archive}", how)
-                # One record: a label, then 3,072 pixels.
-                records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-                batch = {"labels": records[:, 0].tolist(), "data": records[:, 1:].copy()}
-                with open(out / name, "wb") as target:
-                    pickle.dump(batch, target, protocol=2)
+                (out / f"{name}.bin").write_bytes(content)
     except KeyError as error:
         raise DataFileError(f"{archive} holds no file {error.args[0]}; {how}") from error
     except FileNotFoundError as error:
@@ -406,33 +445,22 @@ def _unpack_cifar10(data: Path, folder: Path) -> None:
 
 
 def _load_cifar10() -> ImageData:
-    base = import_torchvision("torchvision.datasets").CIFAR10
-    root = cache_folder() / "cifar10"
+    records, names = _cached("cifar10", _make_cifar10, _read_cifar10)
 
-    def build(folder: Path) -> None:
-        data = data_folder()
-        if data is None:
-            _download(base, "cifar10", folder)
-        else:
-            _unpack_cifar10(data, folder)
+    def part(training: bool) -> tuple[Tensor, Tensor]:
+        rows = [rows for name, rows in records.items() if (name != "test_batch") == training]
+        # One record: a label, then the pixels of each channel.
+        found = torch.from_numpy(np.concatenate(rows))
+        return found[:, 1:].reshape(-1, 3, 32, 32).contiguous(), found[:, 0].long()
 
-    if not _cifar10_is_valid(root):
-        _install(root, build, _cifar10_is_valid)
-
-    class VerifiedCIFAR10(base):  # type: ignore[misc, valid-type]
-        """CIFAR10 without its own check, which pickles made from the binary version fail."""
-
-        def _check_integrity(self) -> bool:
-            return True
-
-    train, test = VerifiedCIFAR10(root, train=True), VerifiedCIFAR10(root, train=False)
+    (train_pixels, train_targets), (test_pixels, test_targets) = part(True), part(False)
     return ImageData(
         name="cifar10",
-        train_pixels=torch.from_numpy(train.data).permute(0, 3, 1, 2).contiguous(),
-        train_targets=torch.tensor(train.targets),
-        test_pixels=torch.from_numpy(test.data).permute(0, 3, 1, 2).contiguous(),
-        test_targets=torch.tensor(test.targets),
-        class_names=tuple(train.classes),
+        train_pixels=train_pixels,
+        train_targets=train_targets,
+        test_pixels=test_pixels,
+        test_targets=test_targets,
+        class_names=names,
         white=255,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
