@@ -294,7 +294,7 @@ def test_a_profile_is_held_to_the_same_types(
     name: str, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ProjectError) as caught:
-        runner.check_parameters(NOTEBOOKS[name], given, "mine")
+        runner.check_profile(NOTEBOOKS[name], given, "mine")
     assert f"profile mine, notebook {name}: {message}" in str(caught.value)
 
 

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from msif_lib.study.pages.editions import mixed_cells, solution_labels, strip_notebook
-from msif_lib.study.runner import PROFILES, check_parameters, find_notebooks, read_profile
+from msif_lib.study.runner import PROFILES, check_profile, find_notebooks, read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("book/chapters/*.ipynb")])
@@ -139,7 +139,7 @@ def test_notebook_is_committed_clean(path):
 def test_profile_fits_the_notebooks(profile):
     for name, parameters in read_profile(ROOT, profile).items():
         (notebook,) = find_notebooks(ROOT, [name])
-        check_parameters(notebook, parameters, profile)
+        check_profile(notebook, parameters, profile)
 
 
 def test_every_page_of_the_book_has_a_source():

@@ -103,7 +103,7 @@ def test_wrong_type_is_refused(project, name, value, expected):
 )
 def test_right_type_is_accepted(project, name, value):
     (notebook,) = runner.find_notebooks(project, ["experiment"])
-    runner.check_parameters(notebook, {name: value}, "default")
+    runner.check_profile(notebook, {name: value}, "default")
 
 
 def test_unknown_notebook_and_profile_are_refused(project):

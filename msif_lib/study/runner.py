@@ -264,7 +264,7 @@ def _place(notebook: Notebook, place: str) -> Path:
     return Path(os.path.normpath(notebook.path.parent / place))
 
 
-def check_parameters(notebook: Notebook, parameters: dict[str, Any], profile: str) -> None:
+def check_profile(notebook: Notebook, parameters: dict[str, Any], profile: str) -> None:
     """Check names and types of a profile's parameters against the notebook's own.
 
     papermill itself only warns of an unknown name, and enforces no types.
@@ -774,7 +774,7 @@ def run(
     work = []
     for notebook in find_notebooks(root, names):
         parameters = parameters_of(notebook, profiles, profile)
-        check_parameters(notebook, parameters, profile)
+        check_profile(notebook, parameters, profile)
         check_places(root, notebook, parameters, profile)
         work.append((notebook, parameters))
     # Those that read the others' records come last.
