@@ -12,6 +12,7 @@ from torch.func import vjp
 
 from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
+from msif_lib.support.functional import DerivativeError
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.parameters import Block, aliases_of, overlapping
 
@@ -34,6 +35,8 @@ class HandOver:
     ValueError
         A shared parameter that the stage before does not have, or has in another shape;
         nothing shared at all; stages of different dtype or device; nothing handed on is trained.
+    DerivativeError
+        No gradient of the second stage's losses reaches what it takes.
     """
 
     def __init__(self, before: Stage, after: Stage, names: tuple[str, str]) -> None:
@@ -51,6 +54,13 @@ class HandOver:
         if not after.shared:
             raise ValueError(
                 "the embeddings have no parameters, so nothing connects the two stages"
+            )
+        if lost := set(after.unreached) & set(after.shared):
+            raise DerivativeError(
+                f"{names[1]} takes {after.names[min(lost)]} from {names[0]}, but no gradient of "
+                "its losses reaches it: it is evaluated under torch.no_grad() or detached on the "
+                "way, so that all scores would be zero; take that out of the forward. What a "
+                "training keeps fixed is said by its link (Frozen), requires_grad=False or trained="
             )
         given = self._given(before.vector())
         aliases = aliases_of(before.model)  # a tied parameter may be asked for by any name

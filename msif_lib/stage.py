@@ -215,7 +215,7 @@ class Stage(OwnState, Model):
         self.weighted = weights is not None
         self.weights = checked_weights(weights, self.size, self.vector())
         # What was found out about the model, once for this stage and all its sections.
-        self.can = Capabilities(self.losses_at, self.vector, self.reader.first, self.size)
+        self.can = Capabilities(self, self.reader.first, self.size)
         self._chunk: list[int] = []
         if check:
             self.check_data()

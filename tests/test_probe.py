@@ -7,9 +7,11 @@ from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from msif_lib import Stage, cross_entropy
+from msif_lib import Chain, Stage, cross_entropy
 from msif_lib.curvature import GaussNewton, Hessian
+from msif_lib.links import Frozen, Optimum
 from msif_lib.support.functional import DerivativeError
+from msif_lib.support.probe import DerivativeWarning
 
 pytestmark = pytest.mark.numeric
 F64 = torch.float64
@@ -258,3 +260,204 @@ def test_a_derivative_that_the_losses_have_not_is_refused(kind, dtype):
 def test_an_encoder_under_no_grad_is_refused():
     with pytest.raises(DerivativeError, match=r"embedding\.linear\..*no gradient reaches"):
         stage_of(NoGrad())
+
+
+class Float32(nn.Module):
+    """Computes in single precision whatever it is given, so that nothing can be more exact."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.inner = Wrapped(function, torch.float32)
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", ["detach", "half", "backward", "twice", "straight function"])
+def test_faults_are_found_in_single_precision_alone(kind):
+    function, words = FAULTS[kind]
+    with pytest.raises(DerivativeError, match=words):
+        stage_of(Float32(function), dtype=torch.float32)
+
+
+GETTERS = {"list": lambda p: p[0], "dict": lambda p: p["b"], "closure": lambda p: p()}
+
+
+class Pieces(nn.Module):
+    """Parameters that a list, a dict or a closure holds as well."""
+
+    def __init__(self, held) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a = nn.Parameter(torch.randn(3, 4, dtype=F64))
+        self.b = nn.Parameter(torch.randn(4, 4, dtype=F64))
+        b = self.b
+        holders = {"list": [b], "dict": {"b": b}, "closure": lambda: b}
+        self.held, self.get = holders[held], GETTERS[held]
+
+    def forward(self, x):
+        return ((x @ self.a).tanh() @ self.get(self.held)).tanh()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("held", ["list", "dict", "closure"])
+def test_a_parameter_read_from_elsewhere_than_its_attribute_is_refused(held, frozen):
+    model = Pieces(held)
+    model.b.requires_grad_(not frozen)
+    with pytest.raises(ValueError, match=r"reads embedding\.b from elsewhere.*ParameterList"):
+        stage_of(model)
+    assert model.b.requires_grad is not frozen
+    assert model.b.grad is None
+
+
+class Output(nn.Module):
+    """A head that multiplies by the embedding's weight, got as it says."""
+
+    def __init__(self, get) -> None:
+        super().__init__()
+        self.get, self.bias = get, nn.Parameter(torch.ones(3, dtype=F64))
+
+    def forward(self, h):
+        return h @ self.get() + self.bias
+
+
+def test_a_head_that_reads_the_embedding_by_a_closure_is_refused():
+    embedding = nn.Linear(3, 4).to(F64)
+    examples = data()
+    with pytest.raises(ValueError, match=r"reads embedding\.weight from elsewhere"):
+        parameter = embedding.weight
+        Stage(embedding, Output(lambda: parameter), cross_entropy, examples)
+    with pytest.raises(ValueError, match=r"head reads parameters of the embedding.*Stage\.of"):
+        Stage(embedding, Output(lambda: embedding.weight), cross_entropy, examples)
+    held = Output(None)
+    held.table = embedding
+    held.get = lambda: held.table.weight
+    assert_right(Stage(embedding, held, cross_entropy, examples, l2=0.1))
+
+
+def test_a_loss_that_reads_a_parameter_is_refused():
+    head = nn.Linear(4, 2).to(F64)
+
+    def loss(outputs, targets):
+        return cross_entropy(outputs, targets) + head.weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"the model or its loss reads head\.weight"):
+        Stage(nn.Linear(3, 4).to(F64), head, loss, data())
+
+
+# --- regularizers ---------------------------------------------------------------------------------
+
+
+def with_regularizer(function, head=None):
+    torch.manual_seed(0)
+    head = head or nn.Linear(4, 2).to(F64)
+    return Stage(nn.Linear(3, 4).to(F64), head, cross_entropy, data(), regularizer=function)
+
+
+HEAD = nn.Linear(4, 2).to(F64)
+REGULARIZERS = {
+    "name": (lambda p: p["weight"].sum(), ValueError, "regularizer fails on the named.*KeyError"),
+    "vector": (lambda p: p["head.weight"].square().sum(1), ValueError, r"scalar.*\(2,\)"),
+    "one": (lambda p: p["head.bias"].square().sum().view(1), ValueError, r"scalar.*\(1,\)"),
+    "number": (lambda p: 1.0, ValueError, "scalar tensor.*not float"),
+    "infinite": (lambda p: p["head.bias"].sum().mul(0).log(), ValueError, "not finite"),
+    "closure": (
+        lambda p: HEAD.weight.square().sum(),
+        ValueError,
+        r"regularizer reads head\.weight",
+    ),
+    "both": (
+        lambda p: (HEAD.weight * p["head.weight"]).sum(),
+        ValueError,
+        r"regularizer reads head\.weight from elsewhere",
+    ),
+    "detached": (
+        lambda p: p["head.weight"].detach().square().sum() + p["head.bias"].square().sum(),
+        DerivativeError,
+        r"the regularizer depend.* on head\.weight, but no gradient",
+    ),
+    "wrong": (
+        lambda p: Wrong.apply(p["embedding.weight"]).sum(),
+        DerivativeError,
+        r"gradient of the regularizer in embedding\.weight is off by",
+    ),
+    "twice": (
+        lambda p: WrongTwice.apply(p["head.bias"]).sum(),
+        DerivativeError,
+        r"second derivatives of the regularizer along head\.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REGULARIZERS)
+def test_a_regularizer_is_tried_when_the_stage_is_made(kind):
+    function, error, words = REGULARIZERS[kind]
+    with pytest.raises(error, match=words):
+        with_regularizer(function, HEAD)
+
+
+def test_regularizers_with_kinks_or_of_some_parameters_pass():
+    stage = with_regularizer(lambda p: p["head.weight"].abs().sum() + p["head.bias"].norm())
+    assert stage.gradient().isfinite().all()
+    nought = nn.Linear(4, 2).to(F64)
+    nn.init.zeros_(nought.weight)
+    with_regularizer(lambda p: p["head.weight"].abs().sum(), nought)
+    with_regularizer(lambda p: p["head.weight"].square().sum() ** 2, nought)
+
+
+# --- what is trained without effect, what is not trained ------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter that may be merged into it."""
+
+    def __init__(self, merged) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(3, 4).to(F64)
+        self.down = nn.Parameter(torch.randn(3, 2, dtype=F64))
+        self.up = nn.Parameter(torch.zeros(2, 4, dtype=F64))
+        self.merged = merged
+
+    def forward(self, x):
+        return self.base(x) if self.merged else self.base(x) + x @ self.down @ self.up
+
+
+def test_a_merged_adapter_is_warned_of(recwarn):
+    stage_of(Adapted(False))
+    assert not [w for w in recwarn if w.category is DerivativeWarning]
+    with pytest.warns(DerivativeWarning, match=r"embedding\.down, embedding\.up.*unmerge"):
+        stage_of(Adapted(True))
+    with pytest.warns(DerivativeWarning, match=r"no loss depends on embedding\.1\.weight"):
+        model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)]).to(F64)
+        model.forward = lambda x: model[0](x)
+        stage_of(model)
+
+
+class Experts(nn.Module):
+    """Only the last example is seen by the second expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)]).to(F64)
+
+    def forward(self, x):
+        return torch.where(x[:, :1] > 50, self.experts[1](x), self.experts[0](x))
+
+
+def test_what_one_example_alone_depends_on_is_no_idle_parameter(recwarn):
+    inputs, targets = data()
+    inputs[-1] = 60.0
+    stage_of(Experts(), (inputs, targets))
+    assert not [w for w in recwarn if w.category is DerivativeWarning]
+
+
+def test_what_is_not_trained_may_be_evaluated_without_gradients_by_itself_alone():
+    first = stage_of(encoder := NoGrad(), check="data")
+    encoder.requires_grad_(False)
+    second = stage_of(encoder)
+    assert second.unreached == (0, 1)
+    with pytest.raises(DerivativeError, match=r"takes embedding\.linear\.weight.*no gradient"):
+        Chain([Optimum(first), Frozen(second)], stationarity_tol=9)

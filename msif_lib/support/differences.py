@@ -19,7 +19,7 @@ from msif_lib.support.substitutes import Padding
 
 # Steps in units of the parameters' size, in the order in which they are tried. In double precision
 # the small ones keep clear of kinks, the large ones of what a model rounds to single precision.
-_DOUBLE_STEPS, _SINGLE_STEPS = (1e-5, 1e-7, 1e-9, 3e-3, 3e-4), (1e-2, 1e-3, 3e-2)
+_DOUBLE_STEPS, _SINGLE_STEPS = (1e-5, 1e-7, 1e-9, 3e-3, 3e-4), (3e-3, 1e-3, 1e-2, 3e-4)
 # What differences may be off, relatively. In double precision those of clean models stay below
 # 1e-9; the faults that were met are above 5e-3. In single precision, ε ≈ 1e-7, the best step leaves
 # ε^(2/3) ≈ 3e-5 of a value, and more of a small slope.
@@ -30,18 +30,33 @@ _SETTLED = 0.1
 _WITNESSES = 3
 # The share of the largest below which the parts of a gradient are held against the largest.
 _SMALL = 1e-2
+# No direction makes up for slopes that are smaller than this share of the largest.
+_HIDDEN = 1e-3
 # The share of a value below which its slopes drown in rounding.
 _DROWNED = 1e-5
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A derivative and the finite difference that contradicts it."""
+    """A derivative along a direction, and what finite differences say of it.
+
+    Attributes
+    ----------
+    order
+        1: of the function; 2: of its gradient.
+    error
+        What the best difference is off, relatively; 0 within the tolerance.
+    exact, measured
+        The sizes of both.
+    settled
+        Whether differences settle elsewhere.
+    """
 
     order: int
     error: float
     exact: float
     measured: float
+    settled: bool
 
 
 class Point:
@@ -98,7 +113,15 @@ class Point:
         parts = self._parameters.views(vector)
         return torch.stack([unit * part.norm() for unit, part in zip(self._units, parts)])
 
-    def _direction(self, block: Block, shares: Tensor) -> Tensor:
+    def direction(self, block: Block | None = None) -> Tensor:
+        """A random direction in some parameters, in which no slope hides behind another's."""
+        sizes = self._sizes(self.gradient)
+        least = sizes[sizes > 0].min() if sizes.any() else sizes.max()
+        aim = torch.maximum(least, _HIDDEN * sizes.max())
+        shares = (aim / sizes).nan_to_num(1.0).clamp(max=1.0)
+        return self._random(self._parameters.all if block is None else block, shares)
+
+    def _random(self, block: Block, shares: Tensor) -> Tensor:
         """A random direction in some parameters, of these shares of their units."""
         scales = [unit * share for unit, share in zip(self._units, shares.tolist())]
         parts = [torch.zeros_like(part) for part in self._parameters.views(self.gradient)]
@@ -119,24 +142,35 @@ class Point:
             Directions tried.
         """
         for _ in range(directions):
-            fault = self._contradiction(order, block)
+            found = self._compared(order, block)
             witnesses = 1
-            while fault is not None and witnesses < _WITNESSES:
-                fault = self._contradiction(order, block)
+            while found.settled and witnesses < _WITNESSES:
+                found = self._compared(order, block)
                 witnesses += 1
-            if fault is not None:
-                return fault
+            if found.settled:
+                return found
         return None
 
-    def _contradiction(self, order: int, block: Block) -> Fault | None:
+    def culprits(self, order: int, block: Block) -> Block:
+        """Of the parameters with a fault, the last that has it, found by halving."""
+        while len(block) > 1:
+            half = len(block) // 2
+            parts = block[half:], block[:half]
+            found = next((part for part in parts if self._off(order, part)), None)
+            if found is None:
+                break
+            block = found
+        return block
+
+    def _off(self, order: int, block: Block) -> bool:
+        return any(self._compared(order, block).error for _ in range(_WITNESSES))
+
+    def _compared(self, order: int, block: Block) -> Fault:
         return (self._of_losses if order == 1 else self._of_gradients)(block)
 
-    def _of_losses(self, block: Block) -> Fault | None:
-        """Along a direction in which no parameter's slope hides behind another's."""
-        sizes = self._sizes(self.gradient)
-        least = sizes[sizes > 0].min() if sizes.any() else sizes.max()
-        aim = torch.maximum(least, 1e-3 * sizes.max())
-        v = self._direction(block, (aim / sizes).nan_to_num(1.0).clamp(max=1.0))
+    def _of_losses(self, block: Block) -> Fault:
+        v = self.direction(block)
+        # As it is a sum of terms of either sign, not the slope itself.
         scale = (self.gradient * v).norm() + _DROWNED * self.value.abs()
 
         def at(step: float) -> Tensor:
@@ -146,8 +180,8 @@ class Point:
         exact = self.gradient @ v
         return self._settled(1, at, self.value, exact, lambda x: float(x.abs() / scale))
 
-    def _of_gradients(self, block: Block) -> Fault | None:
-        v = self._direction(block, torch.ones(len(self._units)))
+    def _of_gradients(self, block: Block) -> Fault:
+        v = self._random(block, torch.ones(len(self._units)))
         exact = torch.zeros_like(v)
         if self._slope.requires_grad:
             (exact,) = torch.autograd.grad(
@@ -155,8 +189,8 @@ class Point:
                 materialize_grads=True,
             )  # fmt: skip
         sizes = self._sizes(exact)
-        floor = torch.maximum(_SMALL * sizes.max(), _DROWNED * self._sizes(self.gradient).norm())
-        scales = sizes.clamp_min(floor)
+        lower = torch.maximum(self._sizes(self.gradient).norm(), self.value.abs())
+        scales = sizes.clamp_min(torch.maximum(_SMALL * sizes.max(), _DROWNED * lower))
 
         def at(step: float) -> Tensor:
             leaf = (self._leaf.detach() + step * v).requires_grad_()
@@ -175,39 +209,36 @@ class Point:
         here: Tensor,
         exact: Tensor,
         measure: Callable[[Tensor], float],
-    ) -> Fault | None:
-        """What central differences settle at, where that is not `exact`."""
+    ) -> Fault:
+        """How central differences contradict `exact`.
+
+        Where nothing has a size, `measure` divides zero by zero, and nothing is contradicted.
+        """
         off: list[tuple[float, Tensor, float]] = []
+        best, measured = float("inf"), float("nan")
         for step in self._steps:
             up, down = at(step), at(-step)
             slope = (up - down) / (2 * step)
             error = measure(slope - exact)
             if error <= self._tolerance:
-                return None
+                return Fault(order, 0.0, float(exact.norm()), float(slope.norm()), False)
+            if error < best:
+                best, measured = error, float(slope.norm())
             # At a kink the slopes to both sides differ, and so they do where rounding rules.
             if measure(up - 2 * here + down) / step <= _SETTLED * error:
                 off.append((step, slope, error))
         off.sort(key=lambda one: one[0])
-        for (_, slope, error), (_, other, its) in pairwise(off):
-            if measure(slope - other) <= _SETTLED * min(error, its):
-                return Fault(order, error, float(exact.norm()), float(slope.norm()))
-        return None
-
-    def culprits(self, order: int, block: Block) -> Block:
-        """Of the parameters with a fault, the last that has it, found by halving."""
-        while len(block) > 1:
-            half = len(block) // 2
-            parts = block[half:], block[:half]
-            found = next((part for part in parts if self.fault(order, part)), None)
-            if found is None:
-                break
-            block = found
-        return block
+        settled = any(
+            measure(slope - other) <= _SETTLED * min(error, its)
+            for (_, slope, error), (_, other, its) in pairwise(off)
+        )
+        return Fault(order, best, float(exact.norm()), measured, settled)
 
 
 def units(parts: Sequence[Tensor]) -> list[float]:
     """The size of each parameter, the root of its mean square; that of all where it is zero."""
-    squares = torch.stack([part.detach().square().sum().double() for part in parts])
-    counts = torch.tensor([max(1, part.numel()) for part in parts]).to(squares)
-    overall = float((squares.sum() / counts.sum()).sqrt()) or 1.0
-    return [size or overall for size in (squares / counts).sqrt().tolist()]
+    dtype = torch.promote_types(parts[0].dtype, torch.float32)
+    norms = torch.stack([part.detach().to(dtype).norm() for part in parts])
+    roots = torch.tensor([max(1, part.numel()) for part in parts]).to(norms).sqrt()
+    overall = float(norms.norm() / roots.norm()) or 1.0
+    return [size or overall for size in (norms / roots).tolist()]

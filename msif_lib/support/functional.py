@@ -30,7 +30,7 @@ _AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
 
 
 class DerivativeError(RuntimeError):
-    """The model or its loss has an operation without the derivative that is needed."""
+    """A derivative that is needed is missing, or is not that of the model and its loss."""
 
 
 @contextmanager
@@ -74,24 +74,39 @@ def _unfused(recurrent: bool) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
 
 
-# What torch says where an operation lacks a derivative, with the operation's name if it tells.
+_FUNCTION = "a torch.autograd.Function of the model"
+# What torch says where a derivative is missing, with the operation's name if it tells, and a mend.
 _MISSING = (
-    r"derivative for '?(?P<name>[\w:.]+)'? is not implemented",
-    r"Trying to backward through (?P<name>[\w:.]+) but no autograd formula",
-    r"Trying to use forward AD with (?P<name>[\w:.]+) that does not support it",
-    r"marked with @once_differentiable",
-    r"must implement the jvp function",
-    r"must override the setup_context",
+    (
+        r"derivative for '?(?P<name>[\w:.]*attention\w*)'? is not implemented",
+        "torch.nn.functional.scaled_dot_product_attention, for which another kernel is chosen",
+    ),
+    (
+        r"derivative for '?(?P<name>[\w:.]+)'? is not implemented",
+        "its formula in operations that torch differentiates twice",
+    ),
+    (
+        r"Trying to backward through (?P<name>[\w:.]+) but no autograd formula",
+        "itself with a formula: register_autograd of torch.library",
+    ),
+    (
+        r"Trying to use forward AD with (?P<name>[\w:.]+) that does not support it",
+        "its formula in operations that have forward derivatives",
+    ),
+    (r"marked with @once_differentiable", "itself, its backward without once_differentiable"),
+    (r"must implement the jvp function", "itself with a static method jvp"),
+    (r"must override the setup_context", "itself with setup_context apart from forward"),
+    (
+        r"(?P<name>torch\.compile) with aot_autograd does not currently support double backward",
+        "the module that was compiled (its _orig_mod)",
+    ),
 )
 
 
-def _missing_derivative(name: str) -> DerivativeError:
+def _missing_derivative(name: str, mend: str) -> DerivativeError:
     return DerivativeError(
         f"{name} lacks a derivative that curvature needs (products with a Hessian differentiate "
-        "twice); replace it by operations that torch differentiates twice: "
-        "torch.nn.functional.scaled_dot_product_attention for a fused attention kernel, a "
-        "backward without once_differentiable for a torch.autograd.Function, register_autograd "
-        "for a custom operator"
+        f"twice); replace it by {mend}"
     )
 
 
@@ -109,10 +124,10 @@ def explain_missing_derivatives() -> Iterator[None]:
     except DerivativeError:
         raise
     except RuntimeError as error:
-        for pattern in _MISSING:
+        for pattern, mend in _MISSING:
             if match := re.search(pattern, str(error)):
-                name = match.groupdict().get("name", "a torch.autograd.Function of the model")
-                raise _missing_derivative(name) from error
+                name = match.groupdict().get("name", _FUNCTION)
+                raise _missing_derivative(name, mend) from error
         raise
 
 
@@ -129,7 +144,8 @@ def require_second_derivatives(value: Tensor) -> None:
     for node in graph_nodes(value):
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:
-            raise _missing_derivative(node._forward_cls.__name__)
+            name = node._forward_cls.__name__
+            raise _missing_derivative(name, "itself, its backward without once_differentiable")
 
 
 def graph_nodes(value: Tensor) -> Iterator[Any]:

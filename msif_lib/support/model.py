@@ -58,8 +58,12 @@ class Model:
         Numbers of the parameters that stand for W, and of those that stand for U or Θ.
     trained
         Numbers of those that training moves.
+    unreached
+        Numbers of those that it does not move and that no gradient of the losses reaches, although
+        the losses depend on them; found by :func:`msif_lib.support.probe.probe`.
     """
 
+    unreached: Block = ()
     loss: Loss
     l2: float
     regularizer: Regularizer | None

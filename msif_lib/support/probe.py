@@ -24,8 +24,6 @@ from msif_lib.support.parameters import Block
 PROBED = 8
 # How far beside the parameters, in units of their size.
 _BESIDE = 0.1
-# What evaluations raise where a model cannot do with another dtype or with other parameters.
-_UNABLE = (RuntimeError, ValueError, TypeError)
 _LEAVE_OUT = 'check="data" leaves this probe out'
 
 #: A scalar function of the flat vector.
@@ -120,7 +118,7 @@ def _regularizer(model: Model) -> Function:
 
     try:
         value = function(model.vector())
-    except (*_UNABLE, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:
         raise ValueError(
             f"regularizer fails on the named parameters {list(model.names)}: "
             f"{type(error).__name__}: {error}"
@@ -171,8 +169,8 @@ def _beside(model: Model, generator: torch.Generator) -> Tensor:
 
 def _points(model: Model, function: Function, generator: torch.Generator) -> list[Point]:
     """The function beside the parameters and at them, in double precision or else in its own."""
-    found = []
-    for theta in (_beside(model, generator), model.vector()):
+    found, here = [], model.vector()
+    for theta in (_beside(model, generator), here):
         for dtype in dict.fromkeys((torch.float64, model.dtype)):
             if dtype.itemsize < 4:
                 continue  # of half precision differences say nothing
@@ -180,7 +178,9 @@ def _points(model: Model, function: Function, generator: torch.Generator) -> lis
                 point = Point(function, theta.to(dtype), model.parameters, generator)
             except torch.OutOfMemoryError:
                 raise
-            except _UNABLE:
+            except Exception:  # whatever the user's code says to another dtype or other parameters
+                if theta is here and dtype == model.dtype:
+                    raise
                 continue
             if point.finite:
                 found.append(point)
@@ -193,19 +193,30 @@ def _points(model: Model, function: Function, generator: torch.Generator) -> lis
 
 def _compare(model: Model, points: Sequence[Point], what: str) -> None:
     """Hold derivatives against differences, of the losses first."""
-    every = model.parameters.all
     for order in (1, 2):
         for point in points:
+            block = tuple(n for n in model.parameters.all if n not in model.unreached)
             try:
                 if order == 2:
                     require_second_derivatives(point.total)
-                fault = point.fault(order, every)
+                fault = point.fault(order, block, 2 if order == 1 else 1)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
                 continue  # a second derivative is missing; who needs it is told by its name
-            if fault is not None:
+            if fault is not None and not (order == 1 and _only_untrained(model, point)):
                 _refuse(model, point, fault, what)
+
+
+def _only_untrained(model: Model, point: Point) -> bool:
+    """Whether gradients fail to reach what is not trained, and are right in all that is."""
+    parts, every = model.parameters.views(point.gradient), model.parameters.all
+    unreached = tuple(n for n in every if n not in model.trained and not parts[n].any())
+    rest = tuple(n for n in every if n not in unreached)
+    if not unreached or (rest and point.fault(1, rest, 2)):
+        return False
+    model.unreached = unreached
+    return True
 
 
 def _refuse(model: Model, point: Point, fault: Fault, what: str) -> NoReturn:
@@ -294,8 +305,8 @@ def _require_independent_head(model: Model, batch: Batch, generator: torch.Gener
             apart = model.feature_losses(parts, model.features(parts, inputs), targets)
     except torch.OutOfMemoryError:
         raise
-    except _UNABLE:
-        return  # beside the parameters the model is not defined
+    except Exception:  # beside the parameters the model is not defined
+        return
     tolerance = torch.finfo(whole.dtype).eps ** 0.5
     if not torch.allclose(whole, apart, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 
 import torch
@@ -12,12 +12,11 @@ from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 from msif_lib.support.data import Batch, Nested, leaves, map_leaves
+from msif_lib.support.differences import Point
 from msif_lib.support.functional import GraphNotCountable, saved_bytes
+from msif_lib.support.model import Model
 
-#: Per-example losses ``(B,)`` of a batch at a flat vector of parameters ``(p,)``.
-Losses = Callable[[Tensor, Nested, Nested], Tensor]
-
-# Examples along whose gradient forward mode is tried.
+# Examples on which forward mode is tried.
 _PROBED = 8
 # From this many directions on, contracting per-example gradients beats one forward-mode sweep a
 # direction (a sweep costs about 1.7 forward passes, the gradients 2.5 to 6.6 once).
@@ -33,24 +32,17 @@ class Capabilities:
 
     Parameters
     ----------
-    losses
-        The per-example losses as a function of the flat vector.
-    vector
-        Gives a vector ``(p,)`` at which to try.
+    model
+        The model, with its loss.
     first
         Gives the first so many examples, on the device.
     size
         Number of examples.
     """
 
-    def __init__(
-        self,
-        losses: Losses,
-        vector: Callable[[], Tensor],
-        first: Callable[[int], Batch],
-        size: int,
-    ) -> None:
-        self._losses, self._vector, self._first, self._size = losses, vector, first, size
+    def __init__(self, model: Model, first: Callable[[int], Batch], size: int) -> None:
+        self._model, self._first, self._size = model, first, size
+        self._losses, self._vector = model.losses_at, model.vector
 
     @cached_property
     def batching_rules(self) -> bool:
@@ -71,27 +63,30 @@ class Capabilities:
         """Whether forward mode gives what reverse mode gives, on few examples.
 
         An operation may have no forward derivative; one of a user's own may even pass on zero
-        without a word (``torch.library.custom_op``). Along ∇ℓ itself the derivative is ‖∇ℓ‖².
+        without a word (``torch.library.custom_op``).
         """
         for count in (1, _PROBED):
             few = self._first(min(count, self._size))
-            theta = self._vector().requires_grad_()
-            with torch.enable_grad():
-                total = self._losses(theta, *few).sum()
-            (gradient,) = torch.autograd.grad(total, theta)
-            if gradient.any():
+            chance = torch.Generator(self._model.device).manual_seed(0)
+            at = partial(self._total, few)
+            point = Point(at, self._model.vector(), self._model.parameters, chance)
+            if point.gradient.any():
                 break
+        v = point.direction()
         try:
-            forward = self._forward(theta.detach(), gradient, few).sum()
+            forward = self._forward(point.theta, v, few).sum()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             return False
-        # Not a dot product: in float32 over millions of entries that has three digits.
-        expected = gradient.square_().sum()
-        tolerance = torch.finfo(theta.dtype).eps ** 0.5
-        same = torch.allclose(forward, expected, rtol=tolerance, atol=0)
-        return same and bool(expected > 0)  # zero would prove nothing
+        terms = point.gradient * v
+        # Not held against the sum: in float32 over millions of entries that has three digits.
+        tolerance = torch.finfo(v.dtype).eps ** 0.5 * terms.norm()
+        # Where all are zero nothing is proved.
+        return bool(terms.any() and (forward - terms.sum()).abs() <= tolerance)
+
+    def _total(self, batch: Batch, theta: Tensor) -> Tensor:
+        return self._losses(theta, *batch).sum()
 
     def examples_at_once(self, most: int, memory_budget: int | None) -> int:
         """Examples of a batch, at most `most`: as many as the budget of autograd graph allows.
