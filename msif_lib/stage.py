@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from msif_lib.support.checks import DataCheck, check_settings, checked_weights
+from msif_lib.support.checks import (
+    IGNORED,
+    check_functions,
+    check_given,
+    check_settings,
+    checked_weights,
+)
 from msif_lib.support.data import Batch, Examples, map_leaves
+from msif_lib.support.data_check import DataCheck
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer
@@ -43,15 +49,22 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     outputs
         Logits ``(B, C, ...)``.
     targets
-        Class indices ``(B, ...)``; where there are further dimensions their losses are averaged.
+        Class indices ``(B, ...)``, or probabilities ``(B, C, ...)``. Where there are further
+        dimensions, the losses of an example are averaged over them. As in torch, indices of −100
+        (padding, say) count for nothing: they are left out of the average.
 
     Returns
     -------
     Tensor
-        Losses ``(B,)``, in nats.
+        Losses ``(B,)``, in nats; 0 for an example of which nothing counts.
     """
     losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
-    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+    if losses.dim() == 1:
+        return losses
+    if targets.is_floating_point():
+        return losses.flatten(1).mean(1)
+    counted = (targets != IGNORED).flatten(1).sum(1)
+    return losses.flatten(1).sum(1) / counted.clamp(min=1)
 
 
 class Stage(OwnState, Model):
@@ -128,8 +141,6 @@ class Stage(OwnState, Model):
         trained: str | Sequence[str] | None = None,
         hands_on: HandsOn | None = None,
     ) -> None:
-        if not [*embedding.parameters(), *head.parameters()]:
-            raise ValueError("embedding and head have no parameters at all")
         self._set(loss, l2, batch_size, regularizer, memory_budget, hands_on)
         model = EmbeddingAndHead(embedding, head)
         names = [name for name, _ in model.named_parameters()]
@@ -177,6 +188,7 @@ class Stage(OwnState, Model):
         ValueError
             As at construction.
         """
+        check_given(model=model)
         stage = cls.__new__(cls)
         stage._set(loss, l2, batch_size, regularizer, memory_budget, hands_on)
         mapping = dict(shared) if isinstance(shared, Mapping) else None
@@ -198,6 +210,7 @@ class Stage(OwnState, Model):
         hands_on: HandsOn | None,
     ) -> None:
         check_settings(l2, batch_size, memory_budget)
+        check_functions(loss, regularizer=regularizer, hands_on=hands_on)
         self.loss, self.l2, self.batch_size = loss, l2, batch_size
         self.regularizer, self.memory_budget, self.hands_on = regularizer, memory_budget, hands_on
 
@@ -225,8 +238,7 @@ class Stage(OwnState, Model):
 
     def check_data(self) -> None:
         """Refuse, as a ValueError, data that would make scores meaningless."""
-        outputs = partial(self.batch_outputs, self.parameters.views(self.vector()))
-        check = DataCheck(self.data, self.reader, outputs, self.loss, self.dtype)
+        check = DataCheck(self, self.reader)
         self.reader.agree_on(check.refusal(self.batch_size, lambda: self.chunk_size))
 
     @property

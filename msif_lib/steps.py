@@ -164,8 +164,7 @@ class Steps:
         self._constants = stage.parameters.views(vector.detach())
         self._shapes = [self._constants[number].shape for number in stage.trained]
         self.fixed = tuple(number for number in stage.shared if number not in stage.trained)
-        data = stage.data
-        self._in_memory = (data[0], data[1]) if isinstance(data, list | tuple) else None
+        self._in_memory = stage.examples.tensors() if stage.examples.in_memory else None
         # vmap makes grouped convolutions of convolutions, which take longer than one by one.
         convolves = any(isinstance(module, _ConvNd) for module in stage.model.modules())
         self.vectorised = not convolves and stage.can.batching_rules

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msif_lib.support.checks import check_memory, check_modes, check_parameters
+from msif_lib.support.checks import check_given, check_memory, check_modes, check_parameters
 from msif_lib.support.data import Nested
 from msif_lib.support.functional import PureModule, differentiable_kernels
 from msif_lib.support.parameters import Block, Parameters, aliases_of, matching
@@ -35,10 +35,21 @@ def _check_names(ours: str, theirs: str) -> None:
 
 
 class EmbeddingAndHead(nn.Module):
-    """The model ``head(embedding(inputs))``."""
+    """The model ``head(embedding(inputs))``.
+
+    Raises
+    ------
+    ValueError
+        The two have no parameters.
+    TypeError
+        One is no module.
+    """
 
     def __init__(self, embedding: nn.Module, head: nn.Module) -> None:
         super().__init__()
+        check_given(embedding=embedding, head=head)
+        if not [*embedding.parameters(), *head.parameters()]:
+            raise ValueError("embedding and head have no parameters at all")
         self.embedding, self.head = embedding, head
         self.training = False  # of its own; the two modules keep their modes
 
@@ -135,17 +146,15 @@ class Model:
     def shared_buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to what is shared, by their names in the stage before.
 
-        A buffer belongs to the parameters of its own module, or, where that has none (a
-        normalisation without weights), to those of the layer before it.
+        A buffer belongs to the parameters of its module, or to all those within it, or, where it
+        has none (a normalisation without weights), to the layer before.
         """
-        modules = list(self.model.named_modules())
-        whose: list[bool | None] = [
-            any(self.parameters.numbers[p] in self.shared for p in own) if own else None
-            for own in (list(module.parameters(recurse=False)) for _, module in modules)
-        ]
-        near, found = next((is_shared for is_shared in whose if is_shared is not None), False), {}
-        for (prefix, module), is_shared in zip(modules, whose, strict=True):
-            near = near if is_shared is None else is_shared
+        near, found = False, {}
+        for prefix, module in self.model.named_modules():
+            own, inside = list(module.parameters(recurse=False)), list(module.parameters())
+            if inside:
+                shared = [self.parameters.numbers[p] in self.shared for p in own or inside]
+                near = any(shared) if own else all(shared)
             for name, buffer in module.named_buffers(prefix, recurse=False):
                 if name.startswith("embedding.") if self.composed else near:
                     found[self._there(name) or name] = buffer
@@ -224,6 +233,21 @@ class Model:
         """Per-example losses ``(B,)`` of a batch, with `parts` for the model's parameters."""
         with self.kernels():
             return self.loss(self._pure(parts, inputs), targets)
+
+    @property
+    def moving(self) -> list[str]:
+        """The names of modules that an evaluation moves beside their parameters."""
+        return self._pure.held.moving
+
+    def losses_in_a_row(
+        self, parts: Sequence[Tensor], inputs: Nested, targets: Nested
+    ) -> tuple[Tensor, Tensor]:
+        """The losses ``(B,)`` of a batch and, by what that has moved in the module, once more."""
+        with self._pure.held.copies(), self.kernels():
+            return (
+                self.loss(self._pure.evaluate(parts, inputs), targets),
+                self.loss(self._pure.evaluate(parts, inputs), targets),
+            )
 
     def features(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
         """``embedding(inputs)``, of a stage made from an embedding and a head."""

@@ -33,10 +33,16 @@ def matching(
     ------
     ValueError
         A pattern fits no name; the message begins with `argument`.
+    TypeError
+        It is no pattern.
     """
     names = list(names)
     all_names = {name: name for name in names} | dict(aliases or {})
-    wanted, chosen = [patterns] if isinstance(patterns, str) else list(patterns), set()
+    wanted, chosen = [patterns] if isinstance(patterns, str) else patterns, set()
+    if not isinstance(wanted, Iterable) or not all(isinstance(one, str) for one in wanted):
+        raise TypeError(
+            f"{argument} must be a pattern of parameter names or a list of such, not {wanted!r:.60}"
+        )
     for pattern in wanted:
         fitting = {all_names[name] for name in all_names if fnmatchcase(name, pattern)}
         if not fitting:
