@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -176,6 +177,122 @@ def test_make_help_lists_every_target():
     ).stdout
     for target in targets:
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), f"{target} has no description"
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["make", "--no-print-directory", "--dry-run", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+INJECTIONS = [
+    "x; {}", 'x"; {}; echo "', "x'; {}; echo '", "$({})", "`{}`", "x\n{}", "x | {}", "x & {}",
+    "$(shell {})", "$$({})",
+]  # fmt: skip
+VARIABLES = {
+    "PROFILE": ("experiments", "default"), "EDITION": ("book", "student"),
+    "JOBS": ("experiments", "1"), "PYTHON": ("venv", "/a folder/python"),
+    "PYTEST_ARGS": ("test", "-k 'a or b'"), "BENCH_ARGS": ("bench", "--help"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_no_variable_of_make_is_executed(tmp_path, variable):
+    """In a folder with programs that do nothing in place of Python's."""
+    programs = tmp_path / "bin"
+    for folder in (programs, tmp_path / ".venv" / "bin", tmp_path / ".venv-bench" / "bin"):
+        folder.mkdir(parents=True)
+        for name in ("python", "python3", "python3.11", "ruff", "mypy"):
+            (folder / name).write_text("#!/bin/sh\n")
+            (folder / name).chmod(0o755)
+    for name in ("sh", "touch"):
+        (programs / name).symlink_to(shutil.which(name))
+    (tmp_path / "notebooks" / "profiles").mkdir(parents=True)
+    (tmp_path / "notebooks" / "profiles" / "default.yaml").write_text("")
+    target, harmless = VARIABLES[variable]
+    command = [shutil.which("make"), "--file", ROOT / "Makefile", target]
+
+    def run(*more: str, **given: str) -> int:
+        environment = {"PATH": str(programs)} | given
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True
+        ).returncode
+
+    mark = tmp_path / "executed"
+    for injection in INJECTIONS:
+        value = injection.format(f"touch {mark}")
+        run(f"{variable}={value}")
+        run(**{variable: value})
+        assert not mark.exists(), value
+    assert run(f"{variable}={harmless}") == run(**{variable: harmless}) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("PROFILE=tiny", "no profile is called 'tiny'; known: default paper smoke"),
+        ("PROFILE=../../x", "no profile is called '../../x'; known: default paper smoke"),
+        ("PROFILE=", "no profile is called ''"),
+        ("PROFILE=%", "no profile is called '%'"),
+        ("PROFILE=smoke default", "no profile is called 'smoke default'"),
+        ("EDITION=%", "no edition is called '%'; known: reader student instructor"),
+        ("PYTEST_ARGS=-x; ls", "PYTEST_ARGS must not hold ';'"),
+        ("PYTEST_ARGS=-k x\nls", "PYTEST_ARGS must not hold a line break"),
+        ("BENCH_ARGS=`ls`", "BENCH_ARGS must not hold '`'"),
+        ("JOBS=$(shell ls)", "JOBS must not hold a dollar sign"),
+    ],
+)
+def test_make_says_what_it_does_not_take(given, message):
+    run = dry_run("book", given)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert not run.stdout
+
+
+def test_words_in_quotes_reach_pytest():
+    shown = dry_run("test", "PYTEST_ARGS=-k \"a or (b and not c[1])\" -m 'slow'").stdout
+    assert shown.rstrip().endswith("-k \"a or (b and not c[1])\" -m 'slow'")
+
+
+# What a Windows Python does not have.
+BLOCKED = "import sys; sys.modules['fcntl'] = None; sys.path.insert(0, '.'); import runpy; "
+
+
+def without_fcntl(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BLOCKED + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["msif_lib", "msif_lib.retraining", "msif_lib.scale.sharding", "msif_lib.study.runner"],
+)
+def test_modules_need_no_fcntl(module):
+    run = without_fcntl(f"import {module}")
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_set_up_says_what_is_supported_where_there_is_no_fcntl():
+    run = without_fcntl("runpy.run_path('tools/make_venv.py', run_name='__main__')")
+    assert run.returncode == 1
+    assert "supported on Linux and macOS; on Windows use WSL" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_the_set_up_needs_no_package():
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", ROOT / "tools" / "make_venv.py", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("fails", ["", "test", "numeric", "book"])

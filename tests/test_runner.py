@@ -474,6 +474,13 @@ def test_at_least_one_notebook_runs_at_once(project):
     assert not (project / "build").exists()
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1", "abc", "", "1.5", "²"])
+def test_jobs_on_the_command_line_are_a_number(jobs, capsys):
+    with pytest.raises(SystemExit):
+        runner.main([f"--jobs={jobs}"])
+    assert f"--jobs: must be a number, 1 or more, but is {jobs!r}" in capsys.readouterr().err
+
+
 def test_windows_is_told_what_is_supported(project, monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(ProjectError, match="on Windows use WSL"):

@@ -6,12 +6,19 @@ commands start at once: one installs, the others wait for it.
 """
 
 import argparse
-import fcntl
 import hashlib
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    sys.exit(
+        "error: make, the tests and the book are supported on Linux and macOS; on Windows use WSL\n"
+        "(the library itself works there: pip install -e .)"
+    )
 
 ROOT = Path(__file__).resolve().parent.parent
 

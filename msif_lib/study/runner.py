@@ -802,6 +802,13 @@ def run(
     return outcomes
 
 
+def _number(text: str) -> int:
+    """Return a number of processes, as the command line gives it."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a number, 1 or more, but is {text!r}")
+    return int(text)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
@@ -816,7 +823,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", help="names of notebooks; none means all")
     parser.add_argument("--profile", default="default", help="a file of notebooks/profiles")
-    parser.add_argument("--jobs", type=int, default=2, help="how many notebooks run at once, >= 1")
+    parser.add_argument("--jobs", type=_number, default=2, help="how many notebooks run at once")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     print(f"Notebooks, profile {options.profile}", flush=True)
