@@ -12,6 +12,7 @@ sides at once:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,6 +31,17 @@ class Preconditioner(Protocol):
     def root_transposed(self, columns: Tensor, /) -> Tensor:
         """Sᵀ times columns ``(p, k)``."""
         ...
+
+
+def far_scales(columns: Tensor) -> Tensor:
+    """Powers of two ``(k,)`` by which columns are divided whose squares leave the range; else 1.
+
+    The norm of a gradient of 1e-25 is zero in float32.
+    """
+    most = -math.frexp(torch.finfo(columns.dtype).tiny)[1]
+    exponents = torch.frexp(columns.abs().amax(0)).exponent.tolist()
+    far = [max(-most, min(e, most)) if abs(e) > most // 3 else 0 for e in exponents]
+    return torch.tensor([2.0**e for e in far], dtype=columns.dtype, device=columns.device)
 
 
 @dataclass(frozen=True)
@@ -94,7 +106,7 @@ def minimal_residual(
     state = _State.begin(b, size, preconditioner, memory)
     while not state.ended and state.v.shape[1] and bool((state.norms > target).any()):
         state.advance(apply)
-        yield Iterate(state.x, state.norms, state.negative, state.size)
+        yield Iterate(state.x, state.norms, state.negative, state.size * state.unit)
 
 
 @dataclass
@@ -119,6 +131,8 @@ class _State:
         The iterate and its residual norms.
     pivot, negative, size
         The last pivot of the tridiagonal matrix; whether one was not positive definite; ‖Â‖.
+    unit
+        What Â is divided by, and x multiplied, where its squares leave the range; 0: not known yet.
     ended
         Whether no further step would help.
     """
@@ -142,6 +156,7 @@ class _State:
     negative: Tensor
     size: float
     ended: bool = False
+    unit: float = 0.0
 
     @staticmethod
     def begin(b: Tensor, size: float, preconditioner: Preconditioner | None, memory: int) -> _State:
@@ -201,6 +216,10 @@ class _State:
         self.basis.append(v)
         az = apply(s.root(v) if s else v)
         q = s.root_transposed(az) if s else az
+        if not self.unit:
+            self.unit = float(far_scales(q.reshape(-1, 1)))
+            self.size /= self.unit
+        az, q = az / self.unit, q / self.unit
         alpha = v.T @ q
         q = q - v @ alpha - self.v_old @ self.beta.T
         # Once more, for rounding has left some of them in.
@@ -237,7 +256,8 @@ class _State:
         self.moved = self.moved + self.d_1 @ tau
         inner, ax = self.moved.split([len(self.b), len(self.moved) - len(self.b)])
         self.norms = (self.b - ax if self.preconditioner else self.phi).norm(dim=0)
-        self.x = self.preconditioner.root(inner) if self.preconditioner else inner
+        x = self.preconditioner.root(inner) if self.preconditioner else inner
+        self.x = x / self.unit
 
 
 def _orthonormal(columns: Tensor, negligible: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.minres import Iterate, Preconditioner, minimal_residual
+from msif_lib.minres import Iterate, Preconditioner, far_scales, minimal_residual
 from msif_lib.support.arguments import check_limits, not_negative, whole
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import OwnState
@@ -247,7 +247,7 @@ def _norms(columns: Tensor) -> Tensor:
 def _relative(residual: Tensor, b: Tensor) -> Tensor:
     """‖residual‖/‖b‖ a column, 0 for b = 0 and infinite where it cannot be measured."""
     residual, b = residual.to(_working(b.dtype)), b.to(_working(b.dtype))
-    scales = _scales(b)
+    scales = far_scales(b)
     lengths = (b / scales).norm(dim=0)
     relative = (residual / scales).norm(dim=0) / lengths
     return torch.where(lengths > 0, relative.nan_to_num(nan=torch.inf, posinf=torch.inf), 0.0)
@@ -256,17 +256,6 @@ def _relative(residual: Tensor, b: Tensor) -> Tensor:
 def _working(dtype: torch.dtype) -> torch.dtype:
     """Half precision is for products: norms, recurrences and factorisations are in single."""
     return torch.float32 if dtype.itemsize < 4 else dtype
-
-
-def _scales(b: Tensor) -> Tensor:
-    """Powers of two ``(k,)`` by which columns are divided whose squares leave the range; else 1.
-
-    The norm of a gradient of 1e-25 is zero in float32.
-    """
-    most = -math.frexp(torch.finfo(b.dtype).tiny)[1]
-    exponents = torch.frexp(b.abs().amax(0)).exponent.tolist()
-    far = [max(-most, min(e, most)) if abs(e) > most // 3 else 0 for e in exponents]
-    return torch.tensor([2.0**e for e in far], dtype=b.dtype, device=b.device)
 
 
 # A Krylov run ends when its recurrence promises a residual this much smaller than the true one,
@@ -506,7 +495,7 @@ class _Krylov(Solver):
         the method takes that, as long as it helps.
         """
         worked = b.to(_working(b.dtype))
-        scales = _scales(worked)
+        scales = far_scales(worked)
         limit = self.max_iterations or min(max(1000, 2 * b.shape[0]), 10_000)
         with tqdm(
             desc=type(self).__name__, disable=not progress, delay=1, leave=False, unit=" it"
@@ -664,7 +653,7 @@ class Dense(Solver):
             len(matrix), dtype=working, device=matrix.device
         )
         # In units in which no square of an entry is lost.
-        unit, units = _scales(shifted.reshape(-1, 1)), _scales(right)
+        unit, units = far_scales(shifted.reshape(-1, 1)), far_scales(right)
         shifted, right = shifted / unit, right / units
         eps = torch.finfo(working).eps
         factor, failed = torch.linalg.cholesky_ex(shifted)
@@ -714,6 +703,12 @@ class Identity(Solver):
     _warns: ClassVar[bool] = False
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
+        squares = (b * b).amax(0)[(b != 0).any(0)]
+        if b.dtype.itemsize >= 4 and (squares < torch.finfo(b.dtype).tiny).any():
+            raise self._failed(
+                f"squares of the right-hand side, as which it is scored, are none in {b.dtype}; "
+                "give the loss and its regularizer in larger units"
+            )
         residuals = _relative(b - _checked(operator @ b + self.damping * b), b)
         report = SolveReport(
             solver="Identity",

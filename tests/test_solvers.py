@@ -13,10 +13,11 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from problems import F64
+from problems import F64, Problem
 from torch import Tensor
 
-from msif_lib.curvature import LinearOperator
+from msif_lib.curvature import Hessian, LinearOperator
+from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.solvers import (
     ConjugateGradient,
     Dense,
@@ -781,3 +782,68 @@ def test_one_column_without_a_solution_costs_the_others_nothing(columns):
     assert not report.converged
     assert max(report.residuals[1:]) <= 1e-7
     assert report.iterations <= 500
+
+
+# --- stagnation ----------------------------------------------------------------------------------
+
+
+class Misled(Product):
+    """A well-conditioned matrix whose preconditioner is made of rows that it does not have."""
+
+    def __init__(self, p: int, dtype: torch.dtype) -> None:
+        a = symmetric(torch.logspace(0, 1, p, dtype=F64)).to(dtype)
+        super().__init__(lambda x: a @ x, p)
+        drawn = torch.Generator().manual_seed(0)
+        rows = 100 * torch.randn(40, p, generator=drawn, dtype=F64)
+        diagonal = torch.logspace(0, -4, p, dtype=F64)
+        self._preconditioner = GaussNewtonPreconditioner.from_rows(
+            rows.to(dtype), diagonal.to(dtype)
+        )
+
+    def preconditioner(self, damping: float = 0.0) -> GaussNewtonPreconditioner:
+        return self._preconditioner
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_preconditioner_that_stagnates_is_dropped_and_the_solve_goes_on(k, monkeypatch):
+    misled, b = Misled(300, torch.float32), right_hand_sides(300, k).float()
+    solver = MinRes(memory=0)  # large systems cannot keep their basis
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = solver.solve(misled, b).report
+    assert report.converged
+    assert report.residual <= 1e-4
+    assert re.search(r"Gauss-Newton, rank 40, dropped after \d+ iterations", report.preconditioner)
+    without = replace(solver, precondition=False).solve(misled, b).report
+    assert without.preconditioner == "none"
+    dropped_after = int(re.search(r"after (\d+)", report.preconditioner)[1])
+    assert report.iterations <= dropped_after + without.iterations
+    # What it did before: all iterations allowed, for nothing.
+    monkeypatch.setattr("msif_lib.solvers._PATIENCE", 10**9)
+    with pytest.warns(SolverWarning):
+        stuck = solver.solve(misled, b).report
+    assert not stuck.converged
+    assert stuck.residual > 1e-3
+
+
+@pytest.mark.numeric
+def test_a_preconditioner_that_helps_is_kept(mlp: Problem):
+    stage = mlp.stages()[0]
+    hessian, b = Hessian(stage), right_hand_sides(stage.parameters.size, 2)
+    report = MinRes(damping=0.1).solve(hessian, b).report
+    assert report.converged
+    assert report.preconditioner.startswith("Gauss-Newton, rank ")
+    assert "dropped" not in report.preconditioner
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("solver", [MinRes(tol=1e-9), ConjugateGradient(tol=1e-9)], ids=str)
+def test_where_the_digits_are_short_no_one_is_told_to_allow_more_iterations(solver):
+    a = symmetric(torch.logspace(-3, 0, 40, dtype=F64))
+    b = right_hand_sides(40, 2)
+    with pytest.warns(SolverWarning, match="float32 allows no more.*more would not help") as caught:
+        solver.solve(a.float(), b.float())
+    assert "solve in float64 (Stage.to(torch.float64))" in str(caught[0].message)
+    assert "llow more iterations" not in str(caught[0].message)
+    assert solver.solve(a, b).report.converged
