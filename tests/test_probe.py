@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -274,11 +275,31 @@ class Float32(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("kind", ["detach", "half", "backward", "twice", "straight function"])
+@pytest.mark.parametrize("kind", ["detach", "half", "backward", "straight function"])
 def test_faults_are_found_in_single_precision_alone(kind):
     function, words = FAULTS[kind]
     with pytest.raises(DerivativeError, match=words):
         stage_of(Float32(function), dtype=torch.float32)
+
+
+class Halved(nn.Module):
+    """Rounds to half precision on the way, which is no straight-through estimator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.linear(x).to(torch.bfloat16).tanh().to(x.dtype)
+
+
+def test_rounding_to_a_shorter_dtype_is_no_fault():
+    stage_of(Halved(), dtype=torch.float32)
+    stage_of(Wrapped(lambda x: x.float().sin().to(x.dtype)))
+    torch.manual_seed(0)
+    half = nn.Linear(3, 4).to(torch.bfloat16)
+    stage_of(half, dtype=torch.bfloat16)
 
 
 GETTERS = {"list": lambda p: p[0], "dict": lambda p: p["b"], "closure": lambda p: p()}
@@ -461,3 +482,60 @@ def test_what_is_not_trained_may_be_evaluated_without_gradients_by_itself_alone(
     assert second.unreached == (0, 1)
     with pytest.raises(DerivativeError, match=r"takes embedding\.linear\.weight.*no gradient"):
         Chain([Optimum(first), Frozen(second)], stationarity_tol=9)
+
+
+# --- embeddings whose table or gradient is not what it seems --------------------------------------
+
+
+class Read(nn.Module):
+    def __init__(self, read) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.read = nn.Parameter(torch.randn(6, 4, dtype=F64)), read
+
+    def forward(self, ids):
+        return self.read(ids, self.weight).sum(1)
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"max_norm": 0.7}, "max_norm = None"), ({"scale_grad_by_freq": True}, "before training")],
+)
+def test_tables_that_are_rewritten_or_scaled_are_refused(setting, words, check):
+    (name,) = setting
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        with pytest.raises(
+            ValueError, match=rf"embedding\.table \({kind.__name__}\) has {name}.*{words}"
+        ):
+            stage_of(Table(kind, **setting), (IDS, TARGETS), check=check)
+    model = Read(lambda ids, weight: F.embedding(ids, weight, **setting))
+    with pytest.raises(ValueError, match=f"an embedding has {name}.*{words}"):
+        stage_of(model, (IDS, TARGETS), check=check).gradient()
+    assert model.weight.norm(dim=1).max() > 0.7  # untouched
+
+
+# --- operations without forward derivatives -------------------------------------------------------
+
+
+@torch.library.custom_op("msif_probe::sine", mutates_args=())
+def sine(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+sine.register_autograd(
+    lambda ctx, gradient: gradient * ctx.saved_tensors[0].cos(),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
+)
+
+
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_an_operator_that_passes_on_zero_tangents_is_differentiated_in_reverse(share):
+    """The operator's share of the gradient may be small: no direction hides it."""
+    stage, plain = (
+        stage_of(Wrapped(lambda x, f=f: x.tanh() + share * f(x))) for f in (sine, torch.sin)
+    )
+    assert plain.can.forward_mode
+    assert not stage.can.forward_mode
+    torch.testing.assert_close(GaussNewton(stage).dense(), GaussNewton(plain).dense())
+    assert_right(stage)

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from msif_lib.support.functional import graph_nodes
 from msif_lib.support.parameters import Block, Parameters
 from msif_lib.support.substitutes import Padding
 
@@ -25,9 +26,9 @@ _DOUBLE_STEPS, _SINGLE_STEPS = (1e-5, 1e-7, 1e-9, 3e-3, 3e-4), (3e-3, 1e-3, 1e-2
 # ε^(2/3) ≈ 3e-5 of a value, and more of a small slope.
 _DOUBLE_TOLERANCE, _SINGLE_TOLERANCE = 1e-4, 5e-3
 # Differences have settled where what they still move is this share of what they are off.
-_SETTLED = 0.1
-# Directions that must agree on a fault.
-_WITNESSES = 3
+_SETTLED = 0.2
+# Directions that are asked about a fault; one alone may hide it.
+_WITNESSES = 4
 # The share of the largest below which the parts of a gradient are held against the largest.
 _SMALL = 1e-2
 # No direction makes up for slopes that are smaller than this share of the largest.
@@ -90,9 +91,12 @@ class Point:
         self._slope = self._differentiated(self.total, self._leaf, True)
         self.gradient = self._slope.detach()
         self._units = units(self._parameters.views(theta))
-        double = theta.dtype == torch.float64
-        self._steps = _DOUBLE_STEPS if double else _SINGLE_STEPS
-        self._tolerance = _DOUBLE_TOLERANCE if double else _SINGLE_TOLERANCE
+        size = _coarsest(self.total)
+        self._steps = _DOUBLE_STEPS if size == 8 else _SINGLE_STEPS
+        self._tolerance = _DOUBLE_TOLERANCE if size == 8 else _SINGLE_TOLERANCE
+        # In half precision differences say nothing. In single precision steps are so large that
+        # kinks of many activations add up to what looks like second derivatives.
+        self._orders = {8: (1, 2), 4: (1,)}.get(size, ())
 
     @staticmethod
     def _differentiated(value: Tensor, leaf: Tensor, create_graph: bool = False) -> Tensor:
@@ -130,7 +134,7 @@ class Point:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def fault(self, order: int, block: Block, directions: int = 1) -> Fault | None:
-        """The fault that every witness finds, where one of so many directions finds one.
+        """What most of further directions find as well, where one of so many finds a fault.
 
         Parameters
         ----------
@@ -141,14 +145,11 @@ class Point:
         directions
             Directions tried.
         """
-        for _ in range(directions):
+        for _ in range(directions if order in self._orders else 0):
             found = self._compared(order, block)
-            witnesses = 1
-            while found.settled and witnesses < _WITNESSES:
-                found = self._compared(order, block)
-                witnesses += 1
             if found.settled:
-                return found
+                others = [self._compared(order, block).settled for _ in range(_WITNESSES)]
+                return found if sum(others) > _WITNESSES // 2 else None
         return None
 
     def culprits(self, order: int, block: Block) -> Block:
@@ -233,6 +234,13 @@ class Point:
             for (_, slope, error), (_, other, its) in pairwise(off)
         )
         return Fault(order, best, float(exact.norm()), measured, settled)
+
+
+def _coarsest(value: Tensor) -> int:
+    """Bytes of the shortest floating-point numbers that a value is differentiated through."""
+    met = [one for node in graph_nodes(value) for one in getattr(node, "_input_metadata", ())]
+    dtypes = {one.dtype for one in met} | {value.dtype}
+    return min(dtype.itemsize for dtype in dtypes if dtype.is_floating_point)
 
 
 def units(parts: Sequence[Tensor]) -> list[float]:

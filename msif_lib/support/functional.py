@@ -9,6 +9,7 @@ of a kind that is needed, the error says which and what to do.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -82,7 +83,11 @@ _MISSING = (
         "torch.nn.functional.scaled_dot_product_attention, for which another kernel is chosen",
     ),
     (
-        r"derivative for '?(?P<name>[\w:.]+)'? is not implemented",
+        r"derivative for '?(?P<name>[\w:.]+)(: \w+)?'? is not implemented",
+        "its formula in operations that torch differentiates twice",
+    ),
+    (
+        r"functions with out=\.\.\. arguments don't support automatic differentiation",
         "its formula in operations that torch differentiates twice",
     ),
     (
@@ -110,6 +115,13 @@ def _missing_derivative(name: str, mend: str) -> DerivativeError:
     )
 
 
+def _raised_in(error: BaseException) -> str:
+    """The operation in whose backward, written in Python, torch raised the error."""
+    called = [frame.f_code.co_qualname for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [name for name in called if name.endswith("backward")]
+    return own[-1].removesuffix("backward").rstrip("._") if own else _FUNCTION
+
+
 @contextmanager
 def explain_missing_derivatives() -> Iterator[None]:
     """Turn torch's errors about missing derivatives into one that says what to do.
@@ -126,7 +138,7 @@ def explain_missing_derivatives() -> Iterator[None]:
     except RuntimeError as error:
         for pattern, mend in _MISSING:
             if match := re.search(pattern, str(error)):
-                name = match.groupdict().get("name", _FUNCTION)
+                name = match.groupdict().get("name") or _raised_in(error)
                 raise _missing_derivative(name, mend) from error
         raise
 

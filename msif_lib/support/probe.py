@@ -1,7 +1,9 @@
 """Whether a stage's derivatives are those of the losses that it evaluates: finite differences tell.
 
 A few examples spread over the data are looked at, beside the parameters, where nothing is right by
-coincidence, and at them. Models of other dtypes are evaluated in double precision where they can.
+coincidence, and at them. Models of other dtypes are evaluated in double precision where they can;
+of what cannot, first derivatives alone are compared, to half a percent, and of what is rounded to
+half precision none.
 """
 
 from __future__ import annotations
@@ -64,26 +66,22 @@ def probe(model: Model, read: Read, size: int, at_once: int) -> None:
     DerivativeWarning
         No loss depends on a parameter that is trained.
     """
+    generator = torch.Generator(model.device).manual_seed(0)
+    count = min(PROBED, size, at_once)
+    batch = next(read(count, [number * size // count for number in range(count)]))
+    idle = model.trained
     with model.kernels():
-        generator = torch.Generator(model.device).manual_seed(0)
-        count = min(PROBED, size, at_once)
-        batch = next(read(count, [number * size // count for number in range(count)]))
-        losses = _losses(model, batch, generator)
-        with _all_recorded(model):
-            points = _points(model, losses, generator)
-        for point in points:
-            _require_own(model, point.total, "the model or its loss")
         _require_independent_head(model, batch, generator)
-        _compare(model, points, "the losses")
-        if points:
-            _warn_of_unused(model, points[0], read(at_once, range(size)))
+        for point in _points(model, _losses(model, batch, generator), generator):
+            _require_own(model, point.total, "the model or its loss")
+            _compare(model, point, "the losses")
+            idle = _idle(model, point.gradient, idle)
+        if idle:
+            _warn_of_idle(model, idle, read(at_once, range(size)), generator)
         if model.regularizer is not None:
-            regularizer = _regularizer(model)
-            with _all_recorded(model):
-                points = _points(model, regularizer, generator)
-            for point in points:
+            for point in _points(model, _regularizer(model), generator):
                 _require_own(model, point.total, "the regularizer")
-            _compare(model, points, "the regularizer")
+                _compare(model, point, "the regularizer")
 
 
 # --- what is differentiated ---------------------------------------------------------------------
@@ -167,15 +165,16 @@ def _beside(model: Model, generator: torch.Generator) -> Tensor:
     return theta + _BESIDE * noise * torch.cat([size.reshape(-1) for size in sizes])
 
 
-def _points(model: Model, function: Function, generator: torch.Generator) -> list[Point]:
+def _points(model: Model, function: Function, generator: torch.Generator) -> Iterator[Point]:
     """The function beside the parameters and at them, in double precision or else in its own."""
-    found, here = [], model.vector()
+    here = model.vector()
     for theta in (_beside(model, generator), here):
         for dtype in dict.fromkeys((torch.float64, model.dtype)):
             if dtype.itemsize < 4:
                 continue  # of half precision differences say nothing
             try:
-                point = Point(function, theta.to(dtype), model.parameters, generator)
+                with _all_recorded(model):
+                    point = Point(function, theta.to(dtype), model.parameters, generator)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # whatever the user's code says to another dtype or other parameters
@@ -183,29 +182,31 @@ def _points(model: Model, function: Function, generator: torch.Generator) -> lis
                     raise
                 continue
             if point.finite:
-                found.append(point)
+                yield point
                 break
-    return found
 
 
 # --- what is refused ----------------------------------------------------------------------------
 
 
-def _compare(model: Model, points: Sequence[Point], what: str) -> None:
-    """Hold derivatives against differences, of the losses first."""
-    for order in (1, 2):
-        for point in points:
-            block = tuple(n for n in model.parameters.all if n not in model.unreached)
-            try:
-                if order == 2:
-                    require_second_derivatives(point.total)
-                fault = point.fault(order, block, 2 if order == 1 else 1)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                continue  # a second derivative is missing; who needs it is told by its name
-            if fault is not None and not (order == 1 and _only_untrained(model, point)):
-                _refuse(model, point, fault, what)
+def _compare(model: Model, point: Point, what: str) -> None:
+    """Hold first derivatives against differences, then second ones."""
+    fault = point.fault(1, _reached(model), 2)
+    if fault is not None and not _only_untrained(model, point):
+        _refuse(model, point, fault, what)
+    try:
+        require_second_derivatives(point.total)
+        fault = point.fault(2, _reached(model))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return  # a second derivative is missing; who needs it is told by its name
+    if fault is not None:
+        _refuse(model, point, fault, what)
+
+
+def _reached(model: Model) -> Block:
+    return tuple(n for n in model.parameters.all if n not in model.unreached)
 
 
 def _only_untrained(model: Model, point: Point) -> bool:
@@ -223,13 +224,8 @@ def _refuse(model: Model, point: Point, fault: Fault, what: str) -> NoReturn:
     block = point.culprits(fault.order, model.parameters.all)
     fault = point.fault(fault.order, block) or fault
     names = _listed([model.names[number] for number in block])
-    own = sorted(
-        {
-            node._forward_cls.__name__
-            for node in graph_nodes(point.total)
-            if hasattr(node, "_forward_cls")
-        }
-    )
+    functions = [getattr(node, "_forward_cls", None) for node in graph_nodes(point.total)]
+    own = sorted({one.__name__ for one in functions if one and one.__module__[:6] != "torch."})
     suspects = (
         f" (the model has torch.autograd.Functions of its own: {_listed(own)})" if own else ""
     )
@@ -257,8 +253,8 @@ def _refuse(model: Model, point: Point, fault: Fault, what: str) -> NoReturn:
     raise DerivativeError(
         f"the gradient of {what} in {names} is off by {fault.error:.1%} of its size: backward "
         f"gives {fault.exact:.6g} along a direction in which finite differences give "
-        f"{fault.measured:.6g}{suspects}; an operation's backward is not the derivative of its "
-        f"forward: mend it, or use torch's operations. {_LEAVE_OUT}"
+        f"{fault.measured:.6g}{suspects}; something is detached on the way, or an operation's "
+        f"backward is not the derivative of its forward: mend it. {_LEAVE_OUT}"
     )
 
 
@@ -316,30 +312,29 @@ def _require_independent_head(model: Model, batch: Batch, generator: torch.Gener
         )
 
 
-def _warn_of_unused(model: Model, point: Point, batches: Iterator[Batch]) -> None:
+def _idle(model: Model, gradient: Tensor, block: Block) -> Block:
+    """The parameters of which the gradient is zero."""
+    parts = model.parameters.views(gradient)
+    return tuple(number for number in block if not parts[number].any())
+
+
+def _warn_of_idle(
+    model: Model, idle: Block, batches: Iterator[Batch], generator: torch.Generator
+) -> None:
     """Warn where a parameter that is trained has no part in the loss of any example."""
-
-    def idle(gradient: Tensor, block: Block) -> Block:
-        parts = model.parameters.views(gradient)
-        return tuple(number for number in block if not parts[number].any())
-
-    unused = idle(point.gradient, model.trained)
-    if not unused:
-        return
-    theta = point.theta.to(model.dtype)
+    leaf = _beside(model, generator).requires_grad_()
     for batch in batches:
-        leaf = theta.detach().requires_grad_()
         total = model.losses_at(leaf, *batch).sum()
         if total.requires_grad:
             gradient = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
-            unused = idle(gradient[0], unused)
-        if not unused:
+            idle = _idle(model, gradient[0], idle)
+        if not idle:
             return
-    names = _listed([model.names[number] for number in unused])
+    names = _listed([model.names[number] for number in idle])
     merged = any(
         getattr(child, "merged", False) is True
         for name, child in model.model.named_modules()
-        if any(f"{model.names[number]}.".startswith(f"{name}.") for number in unused)
+        if any(f"{model.names[number]}.".startswith(f"{name}.") for number in idle)
     )
     warn_caller(
         f"no loss depends on {names}, which is trained: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
-from msif_lib.support.data import Batch, Nested, leaves, map_leaves
+from msif_lib.support.data import Batch, Nested, count_of, map_leaves
 from msif_lib.support.differences import Point
 from msif_lib.support.functional import GraphNotCountable, saved_bytes
 from msif_lib.support.model import Model
@@ -138,7 +138,7 @@ class Capabilities:
 
     def _one_by_one(self, theta: Tensor, inputs: Nested, targets: Nested) -> Tensor:
         rows = []
-        for index in range(leaves(targets)[0].shape[0]):
+        for index in range(count_of(inputs)):
             this = map_leaves(itemgetter(index), (inputs, targets))
             at = theta.detach().requires_grad_()
             with torch.enable_grad():
@@ -151,8 +151,7 @@ class Capabilities:
         vectorised = vmap(grad(self._loss_of_one), in_dims=(None, 0, 0))
         gradients = vectorised if self.batching_rules else self._one_by_one
         for batch in batches:
-            count = leaves(batch)[0].shape[0]
-            for start in range(0, count, at_once):
+            for start in range(0, count_of(batch), at_once):
                 inputs, targets = map_leaves(itemgetter(slice(start, start + at_once)), batch)
                 yield gradients(theta, inputs, targets)
 

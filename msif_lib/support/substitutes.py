@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 # torch's own.
 _EMBEDDING, _EMBEDDING_BAG = torch.embedding, torch.embedding_bag
@@ -56,10 +56,12 @@ class Padding:
 
     def constant(self, rows: Tensor) -> Tensor:
         """What takes the place of these rows."""
-        if self._next is not None:
-            return next(self._next)
-        self._kept.append(rows.detach())
-        return self._kept[-1]
+        here = rows.detach()
+        if self._next is None:
+            self._kept.append(here)
+            return here
+        kept = next(self._next, here)
+        return kept if kept.shape == here.shape else here  # a model that looks at values
 
 
 def _embedding(
@@ -97,19 +99,39 @@ def _embedding_bag(
     return _EMBEDDING_BAG(weight, indices, offsets, False, mode, False, *further, **named)
 
 
-def _refuse_scaling(scale_grad_by_freq: bool) -> None:
+_SCALED = (
+    "has scale_grad_by_freq=True, by which its gradient is not that of the loss; set "
+    "scale_grad_by_freq = False, before training"
+)
+_RENORMED = (
+    "has max_norm, by which its table is rewritten whenever it is read; scale the table once and "
+    "set max_norm = None"
+)
+
+
+def check_tables(model: nn.Module) -> None:
+    """No embedding whose gradient is not that of the loss, or that rewrites its table.
+
+    Raises
+    ------
+    ValueError
+        One has ``scale_grad_by_freq`` or ``max_norm``; the message names the layer.
+    """
+    for name, child in model.named_modules():
+        if isinstance(child, nn.Embedding | nn.EmbeddingBag):
+            what = f"{name or 'model'} ({type(child).__name__})"
+            if child.max_norm is not None:
+                raise ValueError(f"{what} {_RENORMED}")
+            _refuse_scaling(child.scale_grad_by_freq, what)
+
+
+def _refuse_scaling(scale_grad_by_freq: bool, what: str = "an embedding") -> None:
     if scale_grad_by_freq:
-        raise ValueError(
-            "an embedding has scale_grad_by_freq=True, by which its gradient is not that of the "
-            "loss; set scale_grad_by_freq = False, also in training"
-        )
+        raise ValueError(f"{what} {_SCALED}")
 
 
 def _embedding_renorm(*arguments: Any) -> Tensor:
-    raise ValueError(
-        "an embedding has max_norm, by which its table is rewritten whenever it is read; scale "
-        "the table once and set max_norm = None"
-    )
+    raise ValueError(f"an embedding {_RENORMED}")
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
