@@ -73,8 +73,11 @@ class HandOver:
 
     def _given(self, vector: Tensor) -> dict[str, Tensor]:
         """The named parameters that the stage before has to give."""
-        named = dict(zip(self.before.names, self.before.parameters.views(vector), strict=True))
-        return self.before.hands_on(named) if self.before.hands_on else named
+        named = self.before.named(self.before.parameters.views(vector))
+        if not self.before.hands_on:
+            return named
+        # Copies: what merges in place would change the vector.
+        return self.before.hands_on({name: part.clone() for name, part in named.items()})
 
     def _compare(self, given: dict[str, Tensor]) -> None:
         before, after = self._called

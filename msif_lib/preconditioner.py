@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.func import hessian, vjp, vmap
 
 from msif_lib.stage import Stage
-from msif_lib.support.data import Batch, Nested, leaves, map_leaves
+from msif_lib.support.data import Batch, Nested, count_of, map_leaves
 from msif_lib.support.parameters import Block
 
 # Rows taken at most, since factorising r of them costs r³; fewer than the fewest would not pay.
@@ -161,7 +161,7 @@ def _rows(stage: Stage, at: Tensor, rows: int, block: Block) -> Tensor | None:
     found = modes.new_empty(len(modes), len(leaf))
     start = 0
     for (inputs, targets), _ in _read(stage, examples):
-        count = len(leaves(targets)[0])
+        count = count_of((inputs, targets))
         here = ((owners >= start) & (owners < start + count)).nonzero()[:, 0]
         for some in here.split(stage.gradients_at_once):
             these = map_leaves(itemgetter(owners[some] - start), inputs)
@@ -181,7 +181,7 @@ def _curvature(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tenso
     inputs, targets = batch
     with torch.no_grad():
         outputs = stage.batch_outputs(stage.parameters.views(at), inputs)
-    count = len(leaves(targets)[0])
+    count = count_of(batch)
     if not isinstance(outputs, Tensor) or len(outputs) != count:
         raise ValueError("the outputs are not one tensor with the examples as first dimension")
     flat = outputs.reshape(count, -1)

@@ -24,7 +24,7 @@ from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint
-from msif_lib.support.data import Batch, Nested, concatenate, leaves, map_leaves
+from msif_lib.support.data import Batch, Nested, concatenate, count_of, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.minimise import (
     AbsoluteInverse,
@@ -244,7 +244,7 @@ def for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
     except RuntimeError as error:
         if "atching rule" not in str(error):
             raise
-        count = leaves(arguments[0])[0].shape[0]
+        count = count_of(arguments)
         each = [function(*map_leaves(itemgetter(row), arguments)) for row in range(count)]
         return concatenate([map_leaves(itemgetter(None), one) for one in each])
 

@@ -30,7 +30,7 @@ from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.data_check import DataCheck
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import identity_of
-from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer
+from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probe import probe
 from msif_lib.support.probes import Capabilities
@@ -404,7 +404,7 @@ class Stage(OwnState, Model):
             return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
 
         other = copy.copy(self)
-        model = copy.deepcopy(self.model).to(device=device, dtype=dtype)
+        model = copied(self.model).to(device=device, dtype=dtype)
         shared = [self.names[number] for number in self.shared]
         other._set_model(model, shared, None, self.mapping)
         other.trained = self.trained

@@ -197,7 +197,13 @@ def test_gradients_that_are_not_finite_name_the_example():
 
 
 def test_a_regularizer_whose_gradient_is_not_finite():
-    bad = stage(regularizer=lambda named: named["head.bias"].sum() * float("nan"))
+    refused(
+        "regularizer is not finite",
+        regularizer=lambda named: named["head.bias"].sum() * float("nan"),
+    )
+    bad = stage(
+        regularizer=lambda named: (0 * named["head.bias"]).square().sum().sqrt(), check="data"
+    )
     with pytest.raises(ValueError, match="the gradient of the regularizer is not finite"):
         SingleStageInfluence(bad)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import getclosurevars
-from types import FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,8 +108,8 @@ def _inside(thing: Any) -> list[Any]:
         return list(thing)
     if isinstance(thing, partial):
         return [thing.func, thing.args, thing.keywords]
-    if isinstance(thing, MethodType):
-        return [thing.__self__, thing.__func__]
+    if isinstance(thing, MethodType | BuiltinMethodType):
+        return [thing.__self__]
     if isinstance(thing, FunctionType):
         return list(getclosurevars(thing).nonlocals.values())
     return list(getattr(thing, "__dict__", {}).values())

@@ -120,10 +120,15 @@ def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     ------
     ValueError
         Weights of another shape, negative or not finite; the message names the first example.
+    TypeError
+        They are no numbers.
     """
     if weights is None:
         return torch.ones(size, dtype=like.dtype, device=like.device)
-    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach().clone()
+    try:
+        weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"weights must hold one number for each example: {error}") from error
     if tuple(weights.shape) != (size,):
         raise ValueError(
             f"weights must hold one number for each of the {size} examples, not shape "

@@ -8,8 +8,10 @@ nothing is equal by coincidence (a head of zeros hides what its inputs are).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Collection, Sequence
+from operator import itemgetter
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from msif_lib.support.chance import Generators
 from msif_lib.support.data import Batch, Examples, Nested, leaves, map_leaves
 from msif_lib.support.model import Model
 
-# Examples spread over the data, those of them read together at most, and those read alone.
-_SPREAD, _TOGETHER, _ALONE = 16, 12, 4
+# Examples spread over the data, and of some classes; those of them read together at most, and those
+# read alone.
+_SPREAD, _CLASSES, _TOGETHER, _ALONE = 16, 8, 12, 4
 # Readings by which what is drawn at 2 % shows for certain (but for once in 20,000).
 _READINGS = 500
 # How far beside the parameters, in units of their root mean square.
@@ -37,25 +40,32 @@ class Company:
         The model and its loss.
     examples
         All examples.
-    at_once
-        Examples evaluated at once, at most (two, if this is one).
+    size
+        Examples of a batch.
     """
 
-    def __init__(self, model: Model, examples: Examples, at_once: int) -> None:
-        self._model, self._examples = model, examples
-        self._at_once = max(2, min(_TOGETHER, at_once))
+    def __init__(self, model: Model, examples: Examples, size: int) -> None:
+        self._model, self._examples, self._size = model, examples, size
         self._eps = torch.finfo(model.dtype).eps
         theta = model.vector()
-        self._here = model.parameters.views(theta)
         generator = torch.Generator("cpu").manual_seed(0)
         noise = torch.randn(len(theta), generator=generator, dtype=torch.float64, device="cpu")
         noise = noise.to(theta)
-        size = theta.square().mean().sqrt() if theta.any() else 1.0
-        self._beside = model.parameters.views(theta + _BESIDE * size * noise)
-        self._rounded = model.parameters.views(theta * (1 + 4 * self._eps * noise.sign()))
+        scale = theta.square().mean().sqrt() if theta.any() else 1.0
+        self._points = theta, theta + _BESIDE * scale * noise
+        self._rounding = 1 + 4 * self._eps * noise.sign()
 
-    def check(self, known: dict[int, Tensor]) -> None:
-        """Look at the examples whose losses, read beside their neighbours, are given.
+    def check(self, share: Sequence[int], losses: Tensor, apart: Collection[int]) -> None:
+        """Look at some of the examples that were read.
+
+        Parameters
+        ----------
+        share
+            The examples, read in batches in this order.
+        losses
+            Their losses, each beside its neighbours.
+        apart
+            Numbers of those in `share` that shall be among them.
 
         Raises
         ------
@@ -63,26 +73,27 @@ class Company:
             The loss of one is another in other company, or the next time; or its data are. The
             message names the example and the mend.
         """
-        chosen = sorted(known)
-        self.check_fixed(chosen)
-        count = -(-len(chosen) // self._at_once)
-        groups = [chosen[start::count] for start in range(count)]
-        batches = [self._read(group) for group in groups]
-        noise = self._noise(batches[0])
-        self._check_twice(groups[0], batches[0], noise)
-        for group, batch in zip(groups, batches, strict=True):
-            losses = self._losses(self._here, batch)
-            expected = torch.stack([known[index] for index in group])
-            self._compare(group, batch, losses, expected, "beside its neighbours", noise)
-        alone = chosen[:: -(-len(chosen) // _ALONE)]
-        for parts in (self._here, self._beside):
+        some = sorted({*range(0, len(share), -(-len(share) // _SPREAD)), *apart})
+        self.check_fixed([share[number] for number in some])
+        together = max(2, min(_TOGETHER, self._size))
+        count = -(-len(some) // together)
+        groups = [some[start::count] for start in range(count)]
+        batches = [self._read([share[number] for number in group]) for group in groups]
+        alone = {number: self._read([share[number]]) for number in some[:: -(-len(some) // _ALONE)]}
+        for at in self._points:
+            slack = self._slack(at, batches[0])
+            self._check_twice(at, batches[0], slack)
             for group, batch in zip(groups, batches, strict=True):
-                losses = self._losses(parts, batch)
-                for row, index in enumerate(group):
-                    if index in alone:
-                        one = self._losses(parts, self._read([index]))
-                        at = slice(row, row + 1)
-                        self._compare([index], batch, losses[at], one, "alone", noise, group)
+                found, beside = self._losses(at, batch), [share[number] for number in group]
+                for number, loss in zip(group, found, strict=True):
+                    index, start = share[number], number - number % self._size
+                    if at is self._points[0] and not self._same(loss, losses[number], slack):
+                        neighbours = list(share[start : start + self._size])
+                        self._refuse(index, (beside, loss), (neighbours, losses[number]))
+                    if number in alone:
+                        (one,) = self._losses(at, alone[number])
+                        if not self._same(loss, one, slack):
+                            self._refuse(index, (beside, loss), ([index], one))
 
     def check_fixed(self, indices: Sequence[int]) -> None:
         """A data set must give the same example each time it is read.
@@ -127,91 +138,85 @@ class Company:
         inputs, targets = map_leaves(lambda leaf: leaf.to(self._model.device, copy=True), batch)
         return inputs, targets
 
-    def _losses(self, parts: Sequence[Tensor], batch: Batch) -> Tensor:
-        return self._model.batch_losses(parts, *batch)
+    def _losses(self, at: Tensor, batch: Batch) -> Tensor:
+        return self._model.losses_at(at, *batch)
 
-    def _noise(self, batch: Batch) -> float:
-        """What the last bits of the parameters change in a loss."""
-        change = self._losses(self._rounded, batch) - self._losses(self._here, batch)
-        return float(change.abs().nan_to_num().max())
+    def _slack(self, at: Tensor, batch: Batch) -> float:
+        """What a loss may be off: by their size, and by what rounding makes of them.
 
-    def _check_twice(self, group: Sequence[int], batch: Batch, noise: float) -> None:
+        Where a model fits its data to the last bits, rounding is as large as the losses.
+        """
+        losses = self._losses(at, batch)
+        rounding = (self._losses(at * self._rounding, batch) - losses).abs().nan_to_num().max()
+        size = losses.abs().nan_to_num(posinf=0.0).mean()
+        return float(self._eps**0.5 * size + _ROUNDINGS * rounding)
+
+    def _same(self, a: Tensor, b: Tensor, slack: float) -> bool:
+        close = (a - b).abs() <= slack + self._eps**0.5 * b.abs()
+        return bool((close | (a == b) | (a.isnan() & b.isnan())).all())
+
+    def _check_twice(self, at: Tensor, batch: Batch, slack: float) -> None:
         """The same examples at another time, and after evaluations that move what is held."""
-        once, again = (self._losses(self._here, batch) for _ in range(2))
-        if not self._same(once, again, noise).all():
+        if not self._same(self._losses(at, batch), self._losses(at, batch), slack):
             raise ValueError(
                 "the model or loss depends on chance: the same examples gave different losses "
                 "twice; switch its randomness off (module.eval())"
             )
         moving = self._model.moving
-        if not moving:
-            return
-        once, again = self._model.losses_in_a_row(self._beside, *batch)
-        if not self._same(once, again, noise).all():
+        if moving and not self._same(*self._model.losses_in_a_row(at, *batch), slack):
             raise ValueError(
                 f"the losses depend on what earlier evaluations left in {', '.join(moving)} (a "
                 f"buffer moved by a power iteration, say); call {moving[0]}.eval() first"
             )
 
-    def _same(self, a: Tensor, b: Tensor, noise: float) -> Tensor:
-        size = b.abs().nan_to_num(posinf=0.0)
-        slack = self._eps**0.5 * (size + size.mean()) + _ROUNDINGS * noise
-        return ((a - b).abs() <= slack) | (a == b) | (a.isnan() & b.isnan())
-
-    def _compare(
-        self,
-        indices: Sequence[int],
-        batch: Batch,
-        losses: Tensor,
-        expected: Tensor,
-        where: str,
-        noise: float,
-        group: Sequence[int] | None = None,
-    ) -> None:
-        """Refuse the first example of a group whose loss is another elsewhere."""
-        different = (~self._same(losses, expected, noise)).nonzero()
-        if not len(different):
-            return
-        first = int(different[0])
-        index, beside = indices[first], list(group or indices)
+    def _refuse(
+        self, index: int, one: tuple[list[int], Tensor], other: tuple[list[int], Tensor]
+    ) -> NoReturn:
+        """The loss of an example among some others, and among others again."""
         raise ValueError(
             f"the loss of example {index} depends on the others in its batch: it is "
-            f"{float(losses[first]):.6g} among examples {beside} and {float(expected[first]):.6g} "
-            f"{where}; {self._why(index, beside.index(index), batch)}"
+            f"{float(one[1]):.6g} {_among(one[0])} and {float(other[1]):.6g} {_among(other[0])}; "
+            + self._why(index, one[0], other[0])
         )
 
-    def _why(self, index: int, row: int, batch: Batch) -> str:
+    def _why(self, index: int, *companies: list[int]) -> str:
         """Whether data, model or loss are at fault, and what to do."""
-        alone = self._read([index])
-        shapes = [[tuple(leaf.shape[1:]) for leaf in leaves(one)] for one in (batch, alone)]
-        if shapes[0] != shapes[1]:
+        batches = [self._read(company) for company in companies]
+        rows = [
+            map_leaves(itemgetter(slice(at, at + 1)), batch)
+            for at, batch in zip((company.index(index) for company in companies), batches)
+        ]
+        one, other = ([tuple(leaf.shape[1:]) for leaf in leaves(row)] for row in rows)
+        if one != other:
             return (
-                f"collate_fn pads its tensors to {shapes[0]} there and to {shapes[1]} alone, and "
-                "what is padded counts: mask it in the model and the loss, or pad every batch to "
-                "one length"
+                f"collate_fn pads its tensors to {one} and to {other}, and what is padded counts: "
+                "mask it in the model and the loss, or pad every batch to one length"
             )
-        if not _same_values(map_leaves(lambda leaf: leaf[row : row + 1], batch), alone):
-            return "collate_fn makes other values of it there: let it change no value"
-        outputs: Any = self._model.batch_outputs(self._beside, batch[0])
-        one: Any = self._model.batch_outputs(self._beside, alone[0])
-        if isinstance(outputs, Tensor) and isinstance(one, Tensor):
-            close = outputs[row : row + 1].shape == one.shape and torch.allclose(
-                outputs[row : row + 1], one, self._eps**0.5, self._eps**0.5, equal_nan=True
-            )
-            if not close:
+        if not _same_values(*rows):
+            return "collate_fn makes other values of it: let it change no value"
+        parts = self._model.parameters.views(self._points[1])
+        outputs = [self._model.batch_outputs(parts, batch[0]) for batch in batches]
+        shapes = f"outputs and targets {[tuple(leaf.shape) for leaf in leaves(batches[0][1])]}"
+        if all(isinstance(one, Tensor) for one in outputs):
+            one, other = (out[company.index(index)] for out, company in zip(outputs, companies))
+            slack = self._eps**0.5 * (1 + float(one.abs().nan_to_num().max()))
+            if not torch.allclose(one, other, rtol=0, atol=slack, equal_nan=True):
                 return (
                     "the model mixes the examples of a batch (normalisation over the batch?); "
                     "influence needs per-example losses: use GroupNorm or LayerNorm, or .eval()"
                 )
-            shape = tuple(outputs.shape)
-        else:
-            shape = ()
-        targets = [tuple(leaf.shape) for leaf in leaves(batch[1])]
+            shapes = f"outputs {tuple(outputs[0].shape)}" + shapes.removeprefix("outputs")
         return (
-            "the loss mixes the examples of a batch (an average over it, weights of classes that "
-            f"are divided by their sum, or outputs {shape} broadcast against targets {targets}?); "
-            'influence needs per-example losses: reduction="none", and equal shapes'
+            "the loss mixes the examples of a batch (an average over it, weights of classes "
+            f"divided by their sum, or {shapes} broadcast against each other?); influence needs "
+            'per-example losses: reduction="none", and equal shapes'
         )
+
+
+def _among(indices: Sequence[int]) -> str:
+    if len(indices) == 1:
+        return "alone"
+    return f"among examples {', '.join(map(str, indices[:6]))}" + ", ..." * (len(indices) > 6)
 
 
 def _same_values(one: Nested, other: Nested) -> bool:
@@ -222,6 +227,32 @@ def _same_values(one: Nested, other: Nested) -> bool:
     )
 
 
-def chosen(share: Sequence[int], firsts: Sequence[int]) -> list[int]:
-    """Examples to look at: spread over those read, and the first of each class."""
-    return sorted({*share[:: -(-len(share) // _SPREAD)], *firsts})
+class Apart:
+    """Examples whose targets lie apart, where those of neighbours may be the same.
+
+    The first of each of some classes, and those of the least and of the largest target.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[float, int] = {}
+        self._least, self._largest = (math.inf, 0), (-math.inf, 0)
+
+    def see(self, targets: Nested, start: int) -> None:
+        """Look at the targets of a batch, whose first example is number `start`."""
+        if not leaves(targets):
+            return
+        leaf = leaves(targets)[0].cpu()
+        values = (leaf.abs() if leaf.is_complex() else leaf).double().nan_to_num()
+        values = values.flatten(1).sum(1) if leaf.dim() > 1 else values
+        low, high = int(values.argmin()), int(values.argmax())
+        self._least = min(self._least, (float(values[low]), start + low))
+        self._largest = max(self._largest, (float(values[high]), start + high))
+        if leaf.dim() > 1 or leaf.is_floating_point() or len(self._classes) == _CLASSES:
+            return
+        for kind in values.unique()[:_CLASSES].tolist():
+            if len(self._classes) < _CLASSES and kind not in self._classes:
+                self._classes[kind] = start + int((values == kind).nonzero()[0])
+
+    def found(self) -> set[int]:
+        """Their numbers."""
+        return {self._least[1], self._largest[1], *self._classes.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from msif_lib.support.chance import Generators
 from msif_lib.support.checks import IGNORED, innermost
-from msif_lib.support.company import Company, chosen
+from msif_lib.support.company import Apart, Company
 from msif_lib.support.data import Batch, Nested, leaves, map_leaves
 from msif_lib.support.model import Model
 from msif_lib.support.reader import Reader
 
-# Examples evaluated first, before it is known how many fit, and classes of which one is looked at.
-_FIRST, _CLASSES = 8, 8
+# Examples evaluated first, before it is known how many fit.
+_FIRST = 8
 
 
 class DataCheck:
@@ -65,38 +66,32 @@ class DataCheck:
             first = share[: min(batch_size, _FIRST)]
             self._pass_over(first, len(first))
             size = chunk_size()
-            losses, classes = self._pass_over(share, size)
-            some = chosen(range(len(share)), classes)
+            losses, apart = self._pass_over(share, size)
             company = Company(self._model, self._examples, size)
-            company.check({share[number]: losses[number] for number in some})
+            company.check(share, losses, apart)
             company.check_fixed(sorted(self._examples.drawn))
 
-    def _pass_over(self, share: Sequence[int], size: int) -> tuple[Tensor, list[int]]:
-        """The losses of examples, and where among them the first of each class stands."""
-        before, losses = self._generators.states(), list[Tensor]()
-        classes: dict[int, int] = {}
+    def _pass_over(self, share: Sequence[int], size: int) -> tuple[Tensor, set[int]]:
+        """The losses of examples, and where among them are those whose targets lie apart."""
+        before, losses, apart = self._generators.states(), list[Tensor](), Apart()
         for number, batch in enumerate(self._examples.batches(size, share)):
             these = share[number * size : (number + 1) * size]
             losses.append(self._checked_losses(batch, these))
-            targets = batch[1]
-            if isinstance(targets, Tensor) and targets.dim() == 1 and _is_whole(targets):
-                for kind in targets.unique().tolist()[:_CLASSES]:
-                    if len(classes) < _CLASSES and kind not in classes:
-                        at = int((targets == kind).nonzero()[0])
-                        classes[kind] = number * size + at
+            apart.see(batch[1], number * size)
             if self._generators.states() != before:
                 self._refuse_chance(batch)
-        return torch.cat(losses), list(classes.values())
+        return torch.cat(losses), apart.found()
 
     def _checked_losses(self, batch: Batch, these: Sequence[int]) -> Tensor:
         self._check_kinds(batch)
         inputs, targets = map_leaves(self._copied, batch)
+        given = _versions(inputs), _versions(targets)
         outputs = self._outputs(inputs, these)
-        if _written(inputs):
+        if _versions(inputs) != given[0]:
             self._refuse_writing(batch[0])
         _check_classes(outputs, targets, these)
         losses = self._losses(outputs, targets, these)
-        if _written(targets):
+        if _versions(targets) != given[1]:
             raise ValueError(
                 "loss writes into the targets that it is given, and so into your data; let it work "
                 "on a copy (targets.clone(), torch.where, masked_fill)"
@@ -204,10 +199,7 @@ class DataCheck:
         def evaluate() -> None:
             self._model.batch_outputs(self._parts, copy)
 
-        def versions() -> list[int]:
-            return [leaf._version for leaf in leaves(copy)]
-
-        who = innermost(self._model.model, evaluate, versions) or "the model"
+        who = innermost(self._model.model, evaluate, partial(_versions, copy)) or "the model"
         raise ValueError(
             f"{who} writes into the inputs that it is given, and so into your data; use an "
             "operation that is not in place (inplace=False, x * 0.5 for x.mul_(0.5))"
@@ -218,9 +210,9 @@ def _is_whole(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
 
 
-def _written(copies: Nested) -> bool:
-    """Whether something wrote into tensors that were just made."""
-    return any(leaf._version for leaf in leaves(copies))
+def _versions(tree: Nested) -> list[int]:
+    """What changes where something writes into a tensor."""
+    return [leaf._version for leaf in leaves(tree)]
 
 
 def _shapes(tree: Nested) -> list[tuple[int, ...]]:

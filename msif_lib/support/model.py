@@ -6,6 +6,7 @@ U or Θ, each in the module's order.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
@@ -56,6 +57,24 @@ class EmbeddingAndHead(nn.Module):
     def forward(self, inputs: Nested) -> Any:
         """``head(embedding(inputs))``."""
         return self.head(self.embedding(inputs))
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises
+    ------
+    ValueError
+        The module holds what cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied: {type(error).__name__}: {error}; for weight_norm and "
+            "spectral_norm use those of torch.nn.utils.parametrizations, and after pruning "
+            "torch.nn.utils.prune.remove: the others keep a computed tensor as an attribute"
+        ) from error
 
 
 class Model:
@@ -240,9 +259,10 @@ class Model:
         return self._pure.held.moving
 
     def losses_in_a_row(
-        self, parts: Sequence[Tensor], inputs: Nested, targets: Nested
+        self, theta: Tensor, inputs: Nested, targets: Nested
     ) -> tuple[Tensor, Tensor]:
         """The losses ``(B,)`` of a batch and, by what that has moved in the module, once more."""
+        parts = self.parameters.views(theta)
         with self._pure.held.copies(), self.kernels():
             return (
                 self.loss(self._pure.evaluate(parts, inputs), targets),
