@@ -35,6 +35,7 @@ from msif_lib.support.functional import (
 )
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
+from msif_lib.support.seen import Seen
 from msif_lib.support.state import in_own_state
 
 #: The blocks of parameters that have a name.
@@ -64,7 +65,7 @@ class _SecondDerivative(LinearOperator):
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
-        self._checked = False
+        self._checked, self._seen = False, Seen(stage, parameters=False)
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
@@ -129,7 +130,13 @@ class _SecondDerivative(LinearOperator):
         else:
             yield from self._kept
 
+    def dense(self) -> Tensor:
+        """The matrix itself, kept, so that a second call is free."""
+        self._seen.require(self.stage, type(self).__name__)
+        return super().dense()
+
     def _product(self, columns: Tensor) -> Tensor:
+        self._seen.require(self.stage, type(self).__name__)
         product = columns.new_zeros(self.shape[0], columns.shape[1])
 
         def add(gradient: Tensor | None) -> None:
@@ -278,7 +285,7 @@ class GaussNewton(LinearOperator):
         self.block = numbers_of(stage, block)
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
-        self._vector = stage.vector()
+        self._vector, self._seen = stage.vector(), Seen(stage, parameters=False)
         self._at = stage.parameters.take(self._vector, self.block)
         self.shape = (self._at.numel(), self._at.numel())
 
@@ -314,6 +321,7 @@ class GaussNewton(LinearOperator):
         def penalty(leaf: Tensor) -> Tensor:
             return self.stage.penalty(self._parts(leaf))
 
+        self._seen.require(self.stage, type(self).__name__)
         product = torch.zeros_like(columns)
         for batch, weights in self.stage.weighted_batches():
             product += self._batch_products(batch, weights, columns) / self.stage.size

@@ -12,7 +12,9 @@ from torch.func import vjp
 
 from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
+from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.functional import DerivativeError
+from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.parameters import Block, aliases_of, overlapping
 
@@ -136,13 +138,15 @@ class HandOver:
         given = self._given(vector)
         return torch.cat([given[name].reshape(-1) for name in self._wanted])
 
-    def identity(self, vector: Tensor) -> list[Any]:
+    def identity(self, vector: Tensor) -> Identity:
         """What a hand-over at `vector` is known by, in results that are kept.
 
         A function has no digest that survives a session: its value and a derivative stand for it.
         """
-        given = self.value(vector)
-        return [self._wanted, given, self._pulled_any_way(vector) if self.before.hands_on else None]
+        if not self.before.hands_on:
+            return Identity.of(self._wanted, self._numbers)
+        found = self.value(vector)[None], self._pulled_any_way(vector).T
+        return Identity(fingerprint(self._wanted), [one.cpu() for one in found])
 
     def _pulled_any_way(self, vector: Tensor) -> Tensor:
         given = self.value(vector)
@@ -232,11 +236,12 @@ def gradient_size(link: Link) -> float:
     some = weighty[:: -(-len(weighty) // _COMPARED)]
     part = stage.section(some.tolist())
     blocks = (
-        stage.parameters.take(rows.T, link.block).square().sum(0)
+        stage.parameters.take(rows.T, link.block).norm(dim=0, dtype=torch.float64)
         for rows in part.per_example_gradients()
     )
-    squares = part.reader.gather(blocks, stage.vector()[:0]) * stage.weights[some].square()
-    return float((squares.mean() * len(weighty) / stage.size).sqrt())
+    like = stage.vector()[:0].double()
+    norms = part.reader.gather(blocks, like) * stage.weights[some]
+    return float((norms.square().mean() * len(weighty) / stage.size).sqrt())
 
 
 def check_continuity(

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.handover import HandOver, check_continuity, gradient_size
-from msif_lib.kept import Kept, check_known
+from msif_lib.kept import Folder, Kept, check_known, opened
 from msif_lib.links import (
     Asked,
     Frozen,
@@ -42,12 +42,14 @@ from msif_lib.links import (
 from msif_lib.scores import Scores as Scores
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import indices_of, whole
+from msif_lib.support.agreement import require_agreement
+from msif_lib.support.arguments import check_columns, indices_of, tolerance, whole
 from msif_lib.support.data import Batch
-from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.state import OwnState
-from msif_lib.support.storage import begun, check_out, file_of, rows_kept, sweep
+from msif_lib.support.seen import Seen
+from msif_lib.support.state import OwnState, warn_of_rounding
+from msif_lib.support.storage import rows_kept, sweep
 
 
 class StationarityWarning(UserWarning):
@@ -105,21 +107,31 @@ class Chain(OwnState):
             raise ValueError(
                 "links must be links of msif_lib.links, one a stage: [Optimum(pretrain), ...]"
             )
+        tolerance("stationarity_tol", stationarity_tol)
         self.progress, self.gradient_norms = progress, dict[str, float]()
-        self._check_modules()
+        for link in self.links:
+            link.stage.check_module()
         stages, names = [link.stage for link in self.links], self._arguments()
+        for stage in stages:
+            warn_of_rounding(stage.model, stage.dtype, stage.device)
         self._hand_overs = [
             HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
         ]
-        check_continuity(self.links, self._hand_overs, names)
+        self._stationarity_tol = stationarity_tol
+        self._look()
+
+    def _look(self) -> None:
+        """See that each stage begins where the one before ended, and how near an optimum it is."""
+        self._seen = [Seen(link.stage, link.reads_modules) for link in self.links]
+        check_continuity(self.links, self._hand_overs, self._arguments())
         given: list[Tensor | None] = [
             None, *(over.value(link.vector()) for over, link in zip(self._hand_overs, self.links))
         ]  # fmt: skip
         for link, c, name in zip(self.links, given, self.names):
             slope = link.slope(c)
             if slope is not None:
-                self.gradient_norms[name] = float(slope.norm())
-                _require_stationary(link, self.gradient_norms[name], name, stationarity_tol)
+                self.gradient_norms[name] = float(slope.norm(dtype=torch.float64))
+                _require_stationary(link, self.gradient_norms[name], name, self._stationarity_tol)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,8 +148,11 @@ class Chain(OwnState):
         return "pretrain", "tuned" if isinstance(self.links[1], Proximal) else "finetune"
 
     def _check_modules(self) -> None:
+        """Look again at stages that changed since they were looked at."""
         for link in self.links:
             link.stage.check_module()
+        if not all(seen.holds(link.stage) for seen, link in zip(self._seen, self.links)):
+            self._look()
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -180,9 +195,10 @@ class Chain(OwnState):
         ValueError
             `cotangent` of another shape, or not finite; a stage that is the last, or none.
         """
-        if not 0 <= stage < len(self.links) - 1:
+        if not 0 <= whole("stage", stage) < len(self.links) - 1:
             raise ValueError(f"stage {stage} hands nothing on: there are {len(self.links)} stages")
         self._check_modules()
+        require_agreement(self.links, self.names, cotangent=cotangent, stage=stage)
         cotangent = _checked(cotangent, self._last())
         for number in range(len(self.links) - 1, stage + 1, -1):
             pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
@@ -235,8 +251,9 @@ class Chain(OwnState):
         SolverWarning
             A solve stopped short of its tolerance or met negative curvature.
         """
-        call = self._call(test, per_test, of, out)
-        return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
+        with opened(out, self._last().reader) as folder:
+            call = self._call(test, per_test, of, folder)
+            return [self._scores(call, number, one) for number, one in self._back(call)][::-1]
 
     def pull_back(self, cotangent: Tensor) -> list[Scores]:
         """The same for functionals of the last model that are given by their gradients.
@@ -256,6 +273,7 @@ class Chain(OwnState):
         ValueError
             `cotangent` of another shape, or not finite.
         """
+        require_agreement(self.links, self.names, cotangent=cotangent)
         call = _Call(partial(_checked, cotangent, self._last()), True, {}, None)
         return [self._scores(call, number, pulled) for number, pulled in self._back(call)][::-1]
 
@@ -264,23 +282,41 @@ class Chain(OwnState):
         test: Batch,
         per_test: bool,
         of: Batch | Mapping[int, Any] | None,
-        out: str | Path | None,
+        folder: Folder | None,
     ) -> _Call:
         """What :meth:`scores` was asked for, checked."""
-        path = None if out is None else check_out(out)
         chosen = {} if of is None else dict(of) if isinstance(of, Mapping) else {0: of}
         if not set(chosen) <= set(range(len(self.links))):
             raise ValueError(
                 f"of= names stages by their numbers, 0..{len(self.links) - 1}, not {sorted(chosen)}"
             )
+        require_agreement(self.links, self.names, test=test, per_test=per_test, of=sorted(chosen))
         scored = {
             number: self.links[number].stage.with_data(
-                data, "of", path is None or not begun(file_of(path, number))
+                data, "of", folder is None or not folder.begun(number)
             )
             for number, data in chosen.items()
         }
-        kept = None if path is None else Kept(path, self._keys(test, per_test, scored))
+        kept = None if folder is None else self._kept(folder, test, per_test, scored)
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
+
+    def _kept(
+        self, folder: Folder, test: Batch, per_test: bool, scored: Mapping[int, Stage]
+    ) -> Kept:
+        """Where the results of a call are kept, by all that they depend on."""
+        for link in self.links:
+            check_known(link)
+        tested = self._last().with_data(test, "test data", check=False)
+        columns = (tested.size,) if per_test else ()
+        stages = [scored.get(number, link.stage) for number, link in enumerate(self.links)]
+        identity = Identity.of(
+            per_test,
+            tested.identity(self.links[-1].vector()),
+            [link.identity() for link in self.links],
+            [over.identity(link.vector()) for over, link in zip(self._hand_overs, self.links)],
+            {number: of.identity(self.links[number].vector()) for number, of in scored.items()},
+        )
+        return Kept(folder, identity, [(one.size, *columns) for one in stages], tested.dtype)
 
     def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
         """λ = dq/dx from link to link, and what each gives; the last first."""
@@ -293,7 +329,7 @@ class Chain(OwnState):
             pulled = (
                 link.pull_back(cotangent(), asked)
                 if kept is None
-                else kept.pulled(number, link.stage.reader, partial(_late, link, cotangent, asked))
+                else kept.pulled(number, partial(_late, link, cotangent, asked))
             )
             yield number, pulled
             if number:
@@ -301,7 +337,7 @@ class Chain(OwnState):
 
     def _scores(self, call: _Call, number: int, pulled: PulledBack) -> Scores:
         """−∇ℓ_iᵀ u of the examples of a stage, or the scores that its link gave."""
-        path = None if call.kept is None else call.kept.file(number)
+        file = None if call.kept is None else call.kept.file(number)
         stage, own = self.links[number].stage, number not in call.scored
 
         def columns(found: Tensor) -> Tensor:
@@ -309,10 +345,10 @@ class Chain(OwnState):
 
         if pulled.u is not None:
             scored = stage if own else call.scored[number]
-            values = sweep(scored, -columns(pulled.u), path, self.progress)
+            values = sweep(scored, -columns(pulled.u), file, self.progress)
         else:
             assert pulled.scores is not None
-            values = rows_kept(columns(pulled.scores), path, stage.reader)
+            values = rows_kept(columns(pulled.scores), file, stage.reader)
         return Scores(
             values,
             stage.size,
@@ -321,24 +357,6 @@ class Chain(OwnState):
             own,
             stage.weights.clone() if stage.weighted and own else None,
         )
-
-    def _keys(self, test: Batch, per_test: bool, scored: Mapping[int, Stage]) -> list[str]:
-        """Of each link, all that its answer depends on: itself and what came after it."""
-        for link in self.links:
-            check_known(link)
-        tested = self._last().with_data(test, "test data", check=False)
-        after = fingerprint(per_test, list(tested.examples.batches(1)))
-        keys: list[str] = []
-        for number in range(len(self.links) - 1, -1, -1):
-            link, of = self.links[number], scored.get(number)
-            after = fingerprint(after, link.settings(), link.stage.identity(link.vector()))
-            # The scores of other examples than its own are part of an Unrolled link's answer.
-            unrolled = isinstance(link, Unrolled) and of is not None
-            keys.append(fingerprint(after, of.identity() if unrolled and of else None))
-            if number:
-                vector = self.links[number - 1].vector()
-                after = fingerprint(after, self._hand_overs[number - 1].identity(vector))
-        return keys[::-1]
 
     # --- one stage only ---------------------------------------------------------------------
 
@@ -373,30 +391,10 @@ class Chain(OwnState):
         self._check_modules()
         (link,), stage = self.links, self._last()
         at_once = whole("at_once", at_once, 1)
+        require_agreement(self.links, self.names, indices=indices, at_once=at_once)
         every = range(stage.size) if indices is None else indices
         wanted = indices_of("indices", every, stage.size)
-        values = torch.zeros(len(wanted), dtype=stage.dtype, device=stage.device)
-        reports: list[SolveReport] = []
-        theta, name = link.vector(), "self-influence"
-        if isinstance(link, Unrolled):
-            walks = -(-len(wanted) // at_once)
-            name += f", {walks} walks back through {len(link.path)} steps"
-        bar = tqdm(
-            range(0, len(wanted), at_once), desc=name, unit=" blocks",
-            disable=not self.progress, delay=0 if isinstance(link, Unrolled) else 1, leave=False,
-        )  # fmt: skip
-        for start in bar:
-            some = wanted[start : start + at_once]
-            part = stage.section(some.tolist())
-            gradients = part.reader.gather(part.per_example_gradients(theta), theta[None][:0]).T
-            pulled = link.pull_back(gradients, Asked(False, progress=self.progress))
-            reports += pulled.reports
-            own = (
-                -(gradients * pulled.u).sum(0)
-                if pulled.u is not None
-                else pulled.scores[some].diagonal()  # type: ignore[index]
-            )
-            values[start : start + at_once] = own
+        values, reports = _of_themselves(link, wanted, at_once, self.progress)
         weights = stage.weights[wanted] if stage.weighted else None
         norms = dict(self.gradient_norms)
         return Scores(values, stage.size, tuple(reports), norms, False, weights)
@@ -414,12 +412,38 @@ class _Call:
 
 def _checked(cotangent: Tensor, last: Stage) -> Tensor:
     """dq/dx at the last model, if it can be that."""
-    size = last.parameters.size
-    if cotangent.dim() != 2 or len(cotangent) != size or not cotangent.isfinite().all():
-        raise ValueError(
-            f"cotangent must hold finite columns ({size}, k), not {tuple(cotangent.shape)}"
+    check_columns("cotangent", cotangent, last.vector())
+    return cotangent.detach()
+
+
+def _of_themselves(
+    link: Link, wanted: Tensor, at_once: int, progress: bool
+) -> tuple[Tensor, list[SolveReport]]:
+    """−∇ℓ_iᵀ u_i of some examples, u_i by the link from ∇ℓ_i, and the reports of the solves."""
+    stage = link.stage
+    values = torch.zeros(len(wanted), dtype=stage.dtype, device=stage.device)
+    reports: list[SolveReport] = []
+    theta, name = link.vector(), "self-influence"
+    if isinstance(link, Unrolled):
+        walks = -(-len(wanted) // at_once)
+        name += f", {walks} walks back through {len(link.path)} steps"
+    bar = tqdm(
+        range(0, len(wanted), at_once), desc=name, unit=" blocks",
+        disable=not progress, delay=0 if isinstance(link, Unrolled) else 1, leave=False,
+    )  # fmt: skip
+    for start in bar:
+        some = wanted[start : start + at_once]
+        part = stage.section(some.tolist())
+        gradients = part.reader.gather(part.per_example_gradients(theta), theta[None][:0]).T
+        pulled = link.pull_back(gradients, Asked(False, progress=progress))
+        reports += pulled.reports
+        own = (
+            -(gradients * pulled.u).sum(0)
+            if pulled.u is not None
+            else pulled.scores[some].diagonal()  # type: ignore[index]
         )
-    return cotangent
+        values[start : start + at_once] = own
+    return values, reports
 
 
 def _require_stationary(link: Link, norm: float, name: str, tolerance: float) -> None:
@@ -471,10 +495,11 @@ class _OfFirst(Chain):
         FloatingPointError
             As of :meth:`Chain.scores`.
         """
-        call = self._call(test, per_test, of, out)
-        pulled = dict(self._back(call))
-        solves = tuple(report for one in pulled.values() for report in one.reports)
-        return replace(self._scores(call, 0, pulled[0]), solves=solves)
+        with opened(out, self._last().reader) as folder:
+            call = self._call(test, per_test, of, folder)
+            pulled = dict(self._back(call))
+            solves = tuple(report for one in pulled.values() for report in one.reports)
+            return replace(self._scores(call, 0, pulled[0]), solves=solves)
 
 
 class SingleStageInfluence(_OfFirst):

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from msif_lib.descent import Keep
 from msif_lib.links import Link, PulledBack
-from msif_lib.solvers import Identity, SolveReport, SolverWarning
+from msif_lib.solvers import Identity as IdentitySolver
+from msif_lib.solvers import SolveReport, SolverWarning
 from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
-from msif_lib.support.storage import begun, file_of, kept
+from msif_lib.support.storage import ScoresFile, check_out, refuse
 
 
 def check_known(link: Link) -> None:
-    """Refuse a solver of the user's own that nothing tells from another one.
+    """Refuse a solver or another setting of the user's own that nothing tells from another one.
 
     Raises
     ------
     ValueError
-        It is no dataclass, so that its settings cannot be read.
+        The solver is no dataclass, so that its settings cannot be read; a setting is a function,
+        say.
     """
     solver = getattr(link, "solver", None)
     if solver is not None and not is_dataclass(solver):
@@ -33,60 +39,179 @@ def check_known(link: Link) -> None:
             "out: what is kept must know its solver by its settings, and "
             f"{type(solver).__name__} is no dataclass; make it one, or leave out= out"
         )
+    try:
+        fingerprint(link.settings())
+    except TypeError as error:
+        raise ValueError(
+            f"out: what is kept must know the settings of its {type(link).__name__} link: {error}"
+        ) from error
 
 
-class Kept:
-    """What the links gave, in a folder or beside a file, each under its key."""
+@dataclass(frozen=True)
+class Folder:
+    """A folder of results, held by this process.
 
-    def __init__(self, out: Path, keys: Sequence[str]) -> None:
-        self._out, self._keys = out, keys
+    Attributes
+    ----------
+    store
+        Its records.
+    first
+        The file of the first stage's scores.
+    reader
+        Knows which process writes, of those that share the data.
+    """
+
+    store: Checkpoint
+    first: Path
+    reader: Reader
 
     def file(self, number: int) -> Path:
         """Where the scores of a stage are written."""
-        return file_of(self._out, number)
+        return self.store.path(f"stage-{number}").with_suffix(".npy") if number else self.first
+
+    def begun(self, number: int) -> bool:
+        """Whether something is kept for a stage."""
+        return self.file(number).exists() or self.store.exists(f"stage-{number}.npy.solution")
+
+
+@contextmanager
+def opened(out: str | Path | None, reader: Reader) -> Iterator[Folder | None]:
+    """The folder of a call, kept from other processes until it is done; None where none is named.
+
+    Raises
+    ------
+    ValueError
+        It is none, or nothing can be written there.
+
+    Warns
+    -----
+    UserWarning
+        Another process is at work there, which is waited for.
+    """
+    if out is None:
+        yield None
+        return
+    path, first = check_out(out)
+    with ExitStack() as stack:
+        store = Checkpoint(path, "out")
+        reader.on_first(lambda: stack.enter_context(store.held()))
+        yield Folder(store, first, reader)
+
+
+class Kept:
+    """What the links gave, in a folder, for one problem.
+
+    Parameters
+    ----------
+    folder
+        The folder.
+    identity
+        All that the call depends on.
+    shapes
+        Of the scores of each stage.
+    dtype
+        Theirs.
+
+    Raises
+    ------
+    ValueError
+        The folder is another problem's.
+    OSError
+        The disk has no room for the scores.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        identity: Identity,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:
+        self._folder, self._store, self._reader = folder, folder.store, folder.reader
+        self._reader.on_first(partial(self._claim, identity))
+        self._reader.on_first(partial(self._require_room, shapes, max(4, dtype.itemsize)))
+        self._key = Identity(**(self._store.get("problem") or {})).key
+
+    def _claim(self, identity: Identity) -> None:
+        """Make the folder this problem's, or see that it is."""
+        known = self._store.get("problem")
+        if known is not None and Identity(**known).same(identity):
+            return
+        if self._folder.first.exists() or self._store.names("stage-*.npy.solution"):
+            damaged = known is None and self._store.exists("problem")
+            refuse(self._store.path("problem"), damaged)
+        self._forget_walks("*")
+        self._store.put("problem", asdict(identity))
+
+    def _require_room(self, shapes: Sequence[tuple[int, ...]], itemsize: int) -> None:
+        files = [self._folder.file(number) for number in range(len(shapes))]
+        missing = (shape for shape, file in zip(shapes, files) if not file.exists())
+        self._store.require_room(sum(map(math.prod, missing)) * itemsize)
+
+    def file(self, number: int) -> ScoresFile:
+        """Where the scores of a stage are written."""
+        path, name = self._folder.file(number), f"stage-{number}.npy"
+        return ScoresFile(self._store, path, name, self._key)
 
     def walk(self, number: int) -> Keep:
         """Where the walk back through a stage is kept after each part of it."""
-        file = self.file(number)
-        name = f"{file.name}.walk-{self._keys[number][:16]}"
-        return _Walk(Checkpoint(file.parent), name)
+        name = f"stage-{number}.npy.walk-{self._key[:16]}"
+        return _Walk(self._store, name, self._reader)
 
-    def _forget_walks(self, number: int) -> None:
+    def _forget_walks(self, number: int | str) -> None:
         """Also those of other problems, which were interrupted before anything was found."""
-        file = self.file(number)
-        for walk in file.parent.glob(f"{glob.escape(file.name)}.walk-*.pt"):
-            walk.unlink(missing_ok=True)
+        for name in self._store.names(f"stage-{number}.npy.walk-*"):
+            self._store.remove(name)
 
-    def pulled(self, number: int, reader: Reader, make: Callable[[], PulledBack]) -> PulledBack:
+    def pulled(self, number: int, make: Callable[[], PulledBack]) -> PulledBack:
         """What a link gave, or gives now."""
-
-        def plain() -> dict[str, Any]:
+        name = f"stage-{number}.npy.solution"
+        found = self._reader.on_first(lambda: self._found(number, name))
+        solved = bool(self._reader.all_reduce(torch.tensor(int(found or 0), device=self._device)))
+        if not solved:
             pulled = make()
-            reports = [asdict(report) for report in pulled.reports]
-            return {
-                "handed": pulled.handed, "u": pulled.u, "scores": pulled.scores,
-                "reports": reports,
-            }  # fmt: skip
-
-        path = self.file(number)
-        solved = begun(path)
-        known = kept(path, self._keys[number], plain, reader)
-        if reader.first_process:
-            self._forget_walks(number)  # its end is kept
+            values = {field.name: getattr(pulled, field.name) for field in fields(pulled)}
+            values["reports"] = [asdict(report) for report in pulled.reports]
+            self._reader.on_first(lambda: self._store.put(name, {"key": self._key, **values}))
+            self._reader.on_first(lambda: self._forget_walks(number))  # its end is kept
+            return pulled
+        known = self._store.get(name) or {}
         reports = tuple(SolveReport(**report) for report in known.pop("reports"))
         for report in reports:
-            if solved and not report.converged and report.solver != Identity.__name__:
+            if not report.converged and report.solver != IdentitySolver.__name__:
                 warn_caller(f"{report.solver}: {report.message}", SolverWarning)
-        return PulledBack(**known, reports=reports)
+        on_device = {
+            field: value.to(self._device) if isinstance(value, Tensor) else value
+            for field, value in known.items()
+            if field != "key"
+        }
+        return PulledBack(**on_device, reports=reports)
+
+    def _found(self, number: int, name: str) -> bool:
+        """Whether the solution of a stage is there, and this problem's."""
+        known = self._store.get(name)
+        if known is None and self._store.exists(name):
+            refuse(self._store.path(name), damaged=True)
+        if (known is None and self._folder.file(number).exists()) or (
+            known is not None and known["key"] != self._key
+        ):
+            refuse(self._store.path(name))
+        return known is not None
+
+    @property
+    def _device(self) -> torch.device:
+        return self._reader.device
 
 
 @dataclass(frozen=True)
 class _Walk:
-    checkpoint: Checkpoint
+    store: Checkpoint
     name: str
+    reader: Reader
 
     def get(self) -> dict[str, Tensor] | None:
-        return self.checkpoint.get(self.name)
+        found = self.store.get(self.name)
+        return found and {name: value.to(self.reader.device) for name, value in found.items()}
 
     def put(self, tensors: dict[str, Tensor]) -> None:
-        self.checkpoint.put(self.name, tensors)
+        self.reader.on_first(lambda: self.store.put(self.name, tensors))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,8 +32,11 @@ from msif_lib.descent import Keep, Path, pull_back
 from msif_lib.lanczos import functions_of
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import check_each, check_limits, not_negative, positive
+from msif_lib.support.identity import Identity
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
+from msif_lib.support.seen import Seen
 from msif_lib.support.state import OwnState
 
 #: Curvatures that a solve may use, by name. The cross term J_cx is exact with each.
@@ -64,7 +67,12 @@ def check_path(stage: Stage, path: Path) -> None:
     ValueError
         It is one; the message says what differs.
     """
-    size = stage.parameters.size
+    size, start = stage.parameters.size, path.start
+    if start.dtype != stage.dtype or start.device != stage.device:
+        raise ValueError(
+            f"path is of a training in {start.dtype} on {start.device}, the stage is {stage.dtype} "
+            f"on {stage.device}; take the stage with which it was recorded, or record it anew"
+        )
     if len(path.start) != size:
         raise ValueError(
             f"path: a training of {len(path.start)} parameters is not one of this stage, "
@@ -189,8 +197,12 @@ class Link(OwnState, ABC):
 
     def settings(self) -> list[object]:
         """All that the link's answer depends on beside its stage and λ."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return [type(self).__name__, {name: named[name] for name in named if name != "stage"}]
+        named = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return [type(self), {name: named[name] for name in sorted(named) if name != "stage"}]
+
+    def identity(self) -> Identity:
+        """What a link is known by in results that are kept, its stage included."""
+        return Identity.of(self.settings(), self.stage.identity(self.vector()))
 
 
 class _Curved(Link):
@@ -205,10 +217,10 @@ class _Curved(Link):
             )
 
     def _made(self, name: str, make: Callable[[], LinearOperator]) -> LinearOperator:
-        """An operator, made once as long as the stage's parameters stay what they are."""
-        at, known = self.stage.vector(), self.__dict__.setdefault("_operators", {})
-        if name not in known or not torch.equal(known[name][0], at):
-            known[name] = at, make()
+        """An operator, made once as long as the stage stays what it is."""
+        known = self.__dict__.setdefault("_operators", {})
+        if name not in known or not known[name][0].holds(self.stage):
+            known[name] = Seen(self.stage), make()
         return known[name][1]
 
     @property
@@ -369,11 +381,8 @@ class Proximal(_Stationary):
     curvature: str = "hessian"
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(
-                f"alpha must be positive, not {self.alpha}: at 0 the finetuned model no "
-                "longer depends on the pretrained embedding in this formulation"
-            )
+        at_0 = "the finetuned model no longer depends on the pretrained embedding"
+        positive("alpha", self.alpha, f": at 0 {at_0} in this formulation")
         super().__post_init__()
 
     @property
@@ -456,14 +465,14 @@ class Stopped(_Curved):
             raise TypeError(
                 "time must be a number, path.time; Stopped.of(stage, path) takes a path"
             )
-        if not 0 < self.time < float("inf"):
-            raise ValueError(f"time must be positive and finite, not {self.time}")
-        size, at = self.stage.parameters.size, self.stage.vector()
-        decay = torch.as_tensor(self.decay, dtype=at.dtype, device=at.device)
-        if not ((decay >= 0) & decay.isfinite()).all() or decay.shape not in ((), (size,)):
-            raise ValueError(f"decay must be zero or positive, not {self.decay}")
-        if self.scale is not None and (self.scale.shape != (size,) or not (self.scale > 0).all()):
-            raise ValueError(f"scale must hold {size} positive numbers")
+        positive("time", self.time)
+        check_limits(self.tol, self.max_iterations)
+        if isinstance(self.decay, Tensor):
+            check_each("decay", self.decay, self.stage.vector())
+        else:
+            not_negative("decay", self.decay)
+        if self.scale is not None:
+            check_each("scale", self.scale, self.stage.vector(), above=True)
 
     @classmethod
     def of(cls, stage: Stage, path: Path, curvature: str = "hessian") -> Stopped:
@@ -569,6 +578,10 @@ class Unrolled(Link):
     def begins_at(self) -> Tensor:
         """Where the path starts."""
         return self.path.start
+
+    def settings(self) -> list[object]:
+        """The path; what changed its inputs is a function, known by the states it led to."""
+        return [type(self), replace(self.path, augment=None)]
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """The adjoint of each step, backwards; handed back is λ at the start."""

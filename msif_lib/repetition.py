@@ -20,6 +20,7 @@ from torch.func import vmap
 
 from msif_lib.curvature import AddDiagonal, Hessian
 from msif_lib.descent import run
+from msif_lib.handover import gradient_size
 from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage
@@ -38,6 +39,8 @@ from msif_lib.support.parameters import Block
 #: Links whose training ends at an optimum.
 Solved = Optimum | Frozen | Proximal
 
+# A training has not come to its end before its gradient is this share of one example's.
+_ENDED = 1e-6
 # Up to this many parameters a warm start has the factorised Hessian, above it a sketch.
 _DENSE_PARAMETERS = 4000
 
@@ -70,6 +73,11 @@ def in_double(link: Link) -> Solved | Unrolled:
         f"{type(link).__name__} approximates a training of which no steps are known, so that it "
         "cannot be done again; record the training and give Unrolled(stage, path)"
     )
+
+
+def attained(link: Link, tol: float) -> float:
+    """The gradient norm at which a training has ended: `tol`, or less where losses are small."""
+    return min(tol, _ENDED * gradient_size(link) or tol)
 
 
 class Repetition(ABC):
@@ -143,7 +151,7 @@ class Minimised(Repetition):
 
     def precondition(self, kept: Checkpoint, matrix: Tensor | None = None) -> None:
         """Factorise the Hessian at the trained parameters, or read its factors."""
-        key = () if kept.folder is None else (*self.identity(), matrix)
+        key = "" if kept.folder is None else kept.key(self.identity(), matrix)
         self.preconditioner = _preconditioner(kept, key, self.link, self.damping, matrix)
 
     def __call__(self, weights: Tensor, handed: Tensor | None) -> Minimum:
@@ -236,14 +244,15 @@ def _rows_of(columns: Tensor) -> Tensor:
 def for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
     """Apply a function of one model to R of them, the first dimension of every argument.
 
-    Vectorised by `torch.func.vmap`; one model after the other where a layer cannot be
-    (recurrent ones have no batching rule).
+    Vectorised by `torch.func.vmap`; one model after the other where it cannot be: recurrent layers
+    have no batching rule, and a model may look at values (``.item()``). What is wrong with the
+    model itself is said by that.
     """
     try:
         return vmap(function)(*arguments)
-    except RuntimeError as error:
-        if "atching rule" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
         count = count_of(arguments)
         each = [function(*map_leaves(itemgetter(row), arguments)) for row in range(count)]
         return concatenate([map_leaves(itemgetter(None), one) for one in each])
@@ -341,7 +350,7 @@ def _penalties(stage: Stage, block: Block, x: Tensor, vectors: Tensor) -> Tensor
 
 def _preconditioner(
     kept: Checkpoint,
-    key: tuple[object, ...],
+    key: str,
     link: Solved,
     damping: float,
     matrix: Tensor | None,
@@ -352,14 +361,14 @@ def _preconditioner(
     sketch of the Gauss-Newton matrix.
     """
     if matrix is not None or link.stage.parameters.count(link.block) <= _DENSE_PARAMETERS:
-        name = f"preconditioner-{fingerprint(*key)}"
+        name = f"preconditioner-{fingerprint(key)}"
         factors = kept.get(name)
         if factors is None:
             made = AbsoluteInverse(_hessian(link).dense() if matrix is None else matrix)
             factors = {"values": made.values, "vectors": made.vectors}
             kept.put(name, factors)
         return AbsoluteInverse.from_eigenpairs(factors["values"] + damping, factors["vectors"])
-    name = f"preconditioner-{fingerprint(*key, damping)}"
+    name = f"preconditioner-{fingerprint(key, damping)}"
     factors = kept.get(name)
     if factors is None:
         sketch = _hessian(link).preconditioner(damping)

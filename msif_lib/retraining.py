@@ -35,11 +35,20 @@ from tqdm import tqdm
 from msif_lib.handover import HandOver
 from msif_lib.influence import Chain
 from msif_lib.links import Link, Unrolled
-from msif_lib.repetition import Minimised, Repetition, Stepped, for_each_model, in_double
+from msif_lib.repetition import (
+    Minimised,
+    Repetition,
+    Stepped,
+    attained,
+    for_each_model,
+    in_double,
+)
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import not_negative, positive, share, whole
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.identity import Identity
 from msif_lib.support.jobs import as_finished
 from msif_lib.support.minimise import AbsoluteInverse, Minimum, minimise
 from msif_lib.support.state import in_own_state
@@ -112,7 +121,8 @@ class RetrainingSettings:
     Parameters
     ----------
     tol
-        Norm of the gradient to be reached by each link that assumes an optimum.
+        Norm of the gradient to be reached by each link that assumes an optimum; and in any case
+        1e-6 of the size of one example's (their root mean square at the trained parameters).
     max_evaluations
         Gradient evaluations allowed a stage; None: 5,000 warm, 20,000 cold.
     cold_start
@@ -162,16 +172,17 @@ class RetrainingSettings:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if not self.tol > 0:
-            raise ValueError(f"tol must be positive, not {self.tol}")
-        if not self.damping >= 0:
-            raise ValueError(f"damping must not be negative, not {self.damping}")
-        limit = self.max_evaluations
-        if self.models_at_once < 1 or (limit is not None and limit < 1):
-            raise ValueError("models_at_once and max_evaluations must be at least 1")
-        if self.threads < 1 or self.jobs == 0:
-            raise ValueError("threads must be at least 1, and jobs must not be 0 (−1: one a core)")
+        positive("tol", self.tol)
+        not_negative("damping", self.damping)
+        whole("models_at_once", self.models_at_once, 1)
+        whole("threads", self.threads, 1)
+        if self.max_evaluations is not None:
+            whole("max_evaluations", self.max_evaluations, 1)
+        if self.jobs is not None and whole("jobs", self.jobs) == 0:
+            raise ValueError("jobs must not be 0 (−1: one a core)")
         if self.first_hessian is not None:
+            if not isinstance(self.first_hessian, Tensor):
+                raise TypeError("first_hessian must be a tensor (p, p)")
             if not self.first_hessian.isfinite().all():
                 raise ValueError("first_hessian is not finite")
             if self.cold_start is not None:
@@ -249,10 +260,11 @@ def retrain_without(
     checkpoint
         A folder that keeps each finished job, the training without removal and the factorised
         Hessians. A later call with the same arguments trains only what is missing; another
-        call on the same stages factorises nothing. Results are known by a digest of all that
-        they depend on (parameters, data and weights of the stages, the values of loss and
-        regularizer, paths, `test`, the settings, the removals of their job, torch's version), so
-        that a folder may serve any number of calls.
+        call on the same stages factorises nothing. Results are known by all that they depend on
+        (parameters, data and weights of the stages, the losses of all examples and the
+        regularizer's value, paths, `test`, the settings, the removals of their job, torch's
+        version), so that a folder may serve any number of calls, one after the other: a process
+        waits, and says so, while another one works there.
     progress
         Show bars for what takes more than a second.
 
@@ -276,8 +288,7 @@ def retrain_without(
         A recorded training with these weights diverged.
     """
     _check_chain(chain, stage, settings)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must lie above 0 and at most at 1, not {fraction}")
+    share("fraction", fraction)
     size, name = chain.links[stage].stage.size, chain.names[stage]
     sets = [_indices(number, removal, size, name) for number, removal in enumerate(removals)]
     if renormalise:
@@ -287,34 +298,10 @@ def retrain_without(
     at_once = settings.models_at_once
     batches = [sets[start : start + at_once] for start in range(0, len(sets), at_once)]
     work: list[list[list[int]]] = [[[]], *batches]
-    kept, names = Checkpoint(checkpoint), [""] * len(work)
-    if checkpoint is not None:
-        known = fingerprint(trainings.identity(), settings.of_results(), settings.limit)
-        names = [f"retraining-{fingerprint(known, removed)}" for removed in work]
-    results = [kept.get(name) for name in names]
-    missing = [number for number, result in enumerate(results) if result is None]
-    if missing and settings.cold_start is None:
-        trainings.precondition(kept, settings.first_hessian)
-    bar = tqdm(
-        total=sum(map(len, work)), desc=f"retraining{trainings.cost}", unit=" models",
-        disable=not progress, delay=0 if trainings.cost else 1, leave=False,
-    )  # fmt: skip
-    finished = as_finished(
-        trainings, [work[number] for number in missing], settings.jobs, settings.threads
-    )
-    with bar, closing(finished):
-        bar.update(bar.total - sum(len(work[number]) for number in missing))
-        for index, result in finished:
-            number = missing[index]
-            kept.put(names[number], result)
-            results[number] = result
-            bar.update(len(work[number]))
-    joined = {
-        name: torch.cat([result[name] for result in results if result is not None]).to(
-            trainings.tested.device
-        )
-        for name in ("losses", "gradient_norms", "evaluations", "converged")
-    }
+    kept = Checkpoint(checkpoint)
+    with kept.held():
+        results = trainings.finished(work, kept, settings, progress)
+    joined = trainings.joined(results)
     return Retraining(
         losses=joined["losses"][1:],
         losses_before=joined["losses"][0],
@@ -346,6 +333,8 @@ class _Trainings:
         What a removal means.
     handed
         What the stages before, which stay, hand on, ``(p_W,)``; None where there are none.
+    given
+        What that is known by.
     norms
         Of their gradients, one a stage.
     """
@@ -357,6 +346,7 @@ class _Trainings:
     renormalise: bool
     fraction: float
     handed: Tensor | None
+    given: Identity | None
     norms: list[float]
 
     @classmethod
@@ -377,15 +367,19 @@ class _Trainings:
         repetitions: list[Repetition] = [
             Stepped(link)
             if isinstance(link, Unrolled)
-            else Minimised(link, start, cold, settings.tol, settings.limit, settings.damping)
+            else Minimised(
+                link, start, cold, attained(link, settings.tol), settings.limit, settings.damping
+            )
             for link, start in zip(links, starts, strict=True)
         ]
-        last, handed = links[-1].stage, None
+        last, handed, given = links[-1].stage, None, None
         if stage:
             before = chain.links[stage - 1]
             names = chain.names[stage - 1], chain.names[stage]
             over = HandOver(before.stage, chain.links[stage].stage, names)
             handed = over.value(before.vector()).double()
+            by_function = before.stage.hands_on is not None
+            given = Identity.of(over.identity(before.vector()), None if by_function else handed)
         return cls(
             repetitions=repetitions,
             hand_overs=[
@@ -397,11 +391,58 @@ class _Trainings:
             renormalise=renormalise,
             fraction=fraction,
             handed=handed,
+            given=given,
             norms=[
                 chain.gradient_norms[name] if name in chain.gradient_norms else _norm(link)
                 for name, link in zip(chain.names, chain.links[:stage])
             ],
         )
+
+    def finished(
+        self,
+        work: list[list[list[int]]],
+        kept: Checkpoint,
+        settings: RetrainingSettings,
+        progress: bool,
+    ) -> list[dict[str, Tensor]]:
+        """The results of jobs, of which those that are kept are read and the others are done."""
+        names = [""] * len(work)
+        if kept.folder is not None:
+            known = kept.key(self.identity(), settings.of_results(), settings.limit)
+            names = [f"retraining-{fingerprint(known, removed)}" for removed in work]
+        results = [kept.get(name) for name in names]
+        missing = [number for number, result in enumerate(results) if result is None]
+        if missing and settings.cold_start is None:
+            self.precondition(kept, settings.first_hessian)
+        bar = tqdm(
+            total=sum(map(len, work)), desc=f"retraining{self.cost}", unit=" models",
+            disable=not progress, delay=0 if self.cost else 1, leave=False,
+        )  # fmt: skip
+        finished = as_finished(
+            self, [work[number] for number in missing], settings.jobs, settings.threads
+        )
+        with bar, closing(finished):
+            bar.update(bar.total - sum(len(work[number]) for number in missing))
+            for index, result in finished:
+                number = missing[index]
+                kept.put(names[number], result)
+                results[number] = result
+                bar.update(len(work[number]))
+        return [result for result in results if result is not None]
+
+    def joined(self, results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All results as one, and what is known of the stages before, which stay."""
+        found = {
+            name: torch.cat([result[name] for result in results]).to(self.tested.device)
+            for name in results[0]
+        }
+        norms, evaluations = found["gradient_norms"], found["evaluations"]
+        before = norms.new_tensor(self.norms).expand(len(norms), -1)
+        none = evaluations.new_zeros(len(norms), len(self.norms))
+        return found | {
+            "gradient_norms": torch.cat([before, norms], 1),
+            "evaluations": torch.cat([none, evaluations], 1),
+        }
 
     @property
     def cost(self) -> str:
@@ -411,14 +452,12 @@ class _Trainings:
 
     def identity(self) -> list[object]:
         """What results depend on beside the removals and the settings."""
-        handed = [  # by a function, which has no digest of its own
-            over.value(one.link.vector())
-            for over, one in zip(self.hand_overs, self.repetitions)
-            if over.before.hands_on
+        handed = [
+            over.identity(one.link.vector()) for over, one in zip(self.hand_overs, self.repetitions)
         ]
         return [
-            [repetition.identity() for repetition in self.repetitions], handed, self.handed,
-            list(self.tested.examples.batches(self.tested.size)), self.renormalise, self.fraction,
+            [repetition.identity() for repetition in self.repetitions], handed, self.given,
+            self.tested.identity(), self.renormalise, self.fraction,
         ]  # fmt: skip
 
     def precondition(self, kept: Checkpoint, first: Tensor | None) -> None:
@@ -446,14 +485,10 @@ class _Trainings:
                 for_each_model(lambda theta, b=batch: tested.losses_at(theta, *b), ends[-1].x)
                 for batch in tested.batches()
             ]
-        before = ends[0].gradient_norms.new_tensor(self.norms).expand(count, -1)
-        none = torch.zeros_like(before, dtype=torch.long)
         result = {
             "losses": torch.cat(losses, 1),
-            "gradient_norms": torch.cat(
-                [before, torch.stack([end.gradient_norms for end in ends], 1)], 1
-            ),
-            "evaluations": torch.cat([none, torch.stack([end.evaluations for end in ends], 1)], 1),
+            "gradient_norms": torch.stack([end.gradient_norms for end in ends], 1),
+            "evaluations": torch.stack([end.evaluations for end in ends], 1),
             "converged": torch.stack([end.converged for end in ends]).all(0),
         }
         return {name: value.cpu() for name, value in result.items()}
@@ -471,7 +506,7 @@ class _Trainings:
 def _norm(link: Link) -> float:
     """Norm of the gradient where a stage's training ended."""
     slope = link.stage.gradient(link.vector())
-    return float(link.stage.parameters.take(slope, link.block).norm())
+    return float(link.stage.parameters.take(slope, link.block).norm(dtype=torch.float64))
 
 
 def _starts(settings: RetrainingSettings, links: Sequence[Link]) -> list[Tensor]:

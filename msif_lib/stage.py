@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ from msif_lib.support.checks import (
 )
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.data_check import DataCheck
-from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.identity import identity_of
+from msif_lib.support.identity import Identity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probe import probe
@@ -234,7 +234,7 @@ class Stage(OwnState, Model):
             self.check_data()
         if check is True and reader is None:
             probe(self, self.read, self.size, self.chunk_size)
-        self.reader.require_same(lambda: fingerprint(self.identity()))
+        self.reader.require_same(partial(held_by_each, self, self.examples, self.weights))
 
     def check_data(self) -> None:
         """Refuse, as a ValueError, data that would make scores meaningless."""
@@ -413,7 +413,7 @@ class Stage(OwnState, Model):
         other._set_data((inputs, targets), self.weights if self.weighted else None, False, reader)
         return other
 
-    def identity(self, at: Tensor | None = None) -> list[Any]:
+    def identity(self, at: Tensor | None = None) -> Identity:
         """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
-        at, in_memory = self.vector() if at is None else at, isinstance(self.data, list | tuple)
-        return identity_of(self, at, self.examples, in_memory, self.weights)
+        at = self.vector() if at is None else at
+        return identity_of(self, at, self.reader, self.chunk_size, self.weights)

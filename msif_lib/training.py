@@ -213,6 +213,10 @@ def train(
 def _check_pull(stage: Stage, towards: Tensor | None, alpha: float | None, head_only: bool) -> None:
     if not isinstance(stage, Stage):
         raise TypeError(f"train takes a Stage first, not a {type(stage).__name__}")
+    if len(stage.reader.share) != stage.size:
+        raise ValueError(
+            "train takes a whole stage, not one whose examples are shared out: train before shard()"
+        )
     if (towards is None) != (alpha is None):
         raise ValueError("towards and alpha belong together: give both or neither")
     if alpha is None or towards is None:

@@ -18,12 +18,13 @@ from torch import Tensor
 from msif_lib import FixedEmbeddingInfluence
 from msif_lib.scale.sharding import initialise, shard
 from msif_lib.solvers import MinRes
+from msif_lib.support.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
 # Sums over two shares are rounded in another order; solves magnify that by the condition number.
 ROUNDING = 1e-10
 # The file of the first stage's scores in a folder, and how far it has come.
-SCORES, PROGRESS = "stage-0.npy", "stage-0.npy.progress.json"
+SCORES, PROGRESS = "stage-0.npy", "stage-0.npy.progress"
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -71,14 +72,14 @@ def test_scores_of_two_processes_are_one_file(both, folder):
     for name in ("case 1", "case 2"):
         assert np.array_equal(np.load(folder / name / SCORES), both[0][0][f"{name}, on disk"])
     # Two steps, an interruption, two more.
-    assert json.loads((folder / "whole" / PROGRESS).read_text())["finished"] == 31
+    assert Checkpoint(folder / "whole").get(PROGRESS)["finished"] == 31
     exact = both[0][0]["case 1"]
     assert relative_error(torch.from_numpy(np.load(folder / "whole" / SCORES)), exact) <= ROUNDING
 
 
 def test_one_process_goes_on_where_two_were_interrupted(both, folder, mlp, monkeypatch):
     out = folder / "half"
-    assert json.loads((folder / "half" / PROGRESS).read_text())["finished"] == 16
+    assert Checkpoint(folder / "half").get(PROGRESS)["finished"] == 16
     stages = mlp.stages()
     influence = FixedEmbeddingInfluence(*stages, MinRes(tol=1e-13), progress=False)
     monkeypatch.setattr(MinRes, "solve", None)
@@ -88,8 +89,7 @@ def test_one_process_goes_on_where_two_were_interrupted(both, folder, mlp, monke
 
 def test_half_a_sweep_is_half_a_sweep(mlp, tmp_path):
     half_a_sweep(lambda stage: stage, mlp, tmp_path / "scores")
-    state = json.loads((tmp_path / "scores" / PROGRESS).read_text())
-    assert state["finished"] == 16
+    assert Checkpoint(tmp_path / "scores").get(PROGRESS)["finished"] == 16
 
 
 def test_the_processes_share_the_examples_out(both):
@@ -108,6 +108,24 @@ def test_the_processes_share_the_examples_out(both):
         ("data", "ValueError: the processes hold different stages: parameters, number of examp"),
         ("fewer", "ValueError: the processes hold different stages"),
         ("parameters", "ValueError: the processes hold different stages"),
+        (
+            "damping",
+            "ValueError: the processes were not given the same solver.damping of tr",
+        ),
+        ("solver", "ValueError: the processes were not given the same solver of training, solver."),
+        ("curvature", "ValueError: the processes were not given the same curvature of training:"),
+        (
+            "link",
+            "ValueError: the processes were not given the same decay of training, link of",
+        ),
+        ("time", "ValueError: the processes were not given the same time of training:"),
+        ("other test", "ValueError: the processes were not given the same test:"),
+        ("per_test", "ValueError: the processes were not given the same per_test:"),
+        ("of", "ValueError: the processes were not given the same of:"),
+        ("cotangent", "ValueError: the processes were not given the same cotangent:"),
+        ("at_once", "ValueError: the processes were not given the same at_once:"),
+        ("indices", "ValueError: the processes were not given the same indices:"),
+        ("train", "ValueError: train takes a whole stage, not one whose examples are shared out"),
     ],
 )
 def test_what_one_process_sees_both_refuse(both, question, answer):

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,9 +25,11 @@ from torch import Tensor
 
 from msif_lib.stage import Stage
 from msif_lib.support.data import Examples
-from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.identity import held_by_each
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import in_own_state
+
+R = TypeVar("R")
 
 
 def initialise() -> torch.device:
@@ -97,7 +101,7 @@ def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
     shared = stage.reading(ShardedReader(stage.examples, stage.device, group=group))
     if not stage.checked:
         shared.check_data()
-    shared.reader.require_same(lambda: fingerprint(shared.identity()))
+    shared.reader.require_same(partial(held_by_each, shared, shared.examples, shared.weights))
     return shared
 
 
@@ -165,9 +169,9 @@ class ShardedReader(Reader):
         rows[self._cut()] = own.to(rows.dtype)
         return self.all_reduce(rows).to(like.dtype)
 
-    def _all_said(self, word: str) -> list[str]:
+    def _all_said(self, word: R) -> list[R]:
         """What each process says, in their order."""
-        said = [""] * self._processes
+        said = [word] * self._processes
         dist.all_gather_object(said, word, group=self.group)
         return said
 
@@ -176,6 +180,18 @@ class ShardedReader(Reader):
         for said in self._all_said("" if refusal is None else str(refusal) or repr(refusal)):
             if said:
                 raise ValueError(said)
+
+    def require_alike(self, given: Callable[[], dict[str, str]]) -> None:
+        """What a call was given must be the same in all processes."""
+        all_given = self._all_said(given())
+        first = all_given[0]
+        names = sorted({*first}.union(*all_given))
+        differing = [n for n in names if any(one.get(n) != first.get(n) for one in all_given)]
+        if differing:
+            raise ValueError(
+                f"the processes were not given the same {', '.join(differing)}: each would solve "
+                "another problem with the sums of all; give all of them the same arguments"
+            )
 
     def require_same(self, digest: Callable[[], str]) -> None:
         """The processes must hold the same stage."""

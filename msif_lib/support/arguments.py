@@ -48,6 +48,20 @@ def not_negative(name: str, value: Any) -> float:
     return float(value)
 
 
+def tolerance(name: str, value: Any) -> float:
+    """A number from 0 on; infinity tolerates all."""
+    if not real(name, value) >= 0:
+        raise ValueError(f"{name} must be zero or positive (infinity: no limit), not {value}")
+    return float(value)
+
+
+def share(name: str, value: Any) -> float:
+    """A number above 0 and at most 1."""
+    if not 0 < real(name, value) <= 1:
+        raise ValueError(f"{name} must lie above 0 and at most at 1, not {value}")
+    return float(value)
+
+
 def below_one(name: str, value: Any) -> float:
     """A number from 0 on and below 1."""
     if not 0 <= real(name, value) < 1:
@@ -71,12 +85,75 @@ def whole(name: str, value: Any, least: int | None = None, note: str = "") -> in
     return int(value)
 
 
+def check_columns(name: str, columns: Any, like: Tensor) -> None:
+    """Finite columns ``(p, k)``, at least one, of the length, dtype and device of `like` ``(p,)``.
+
+    Raises
+    ------
+    ValueError
+        They are something else.
+    """
+    size = len(like)
+    if not isinstance(columns, Tensor) or columns.dim() != 2 or len(columns) != size:
+        shape = tuple(columns.shape) if isinstance(columns, Tensor) else type(columns).__name__
+        raise ValueError(f"{name} must hold finite columns ({size}, k), not {shape}")
+    if not columns.shape[1]:
+        raise ValueError(f"{name} has no columns: its shape is {tuple(columns.shape)}")
+    if columns.dtype != like.dtype or columns.device != like.device:
+        raise ValueError(
+            f"{name} is {columns.dtype} on {columns.device}, the parameters are {like.dtype} on "
+            f"{like.device}; convert it by .to(stage.vector())"
+        )
+    if not columns.isfinite().all():
+        raise ValueError(f"{name} must hold finite columns ({size}, k)")
+
+
+def check_each(name: str, values: Any, like: Tensor, above: bool = False) -> None:
+    """A finite number for each entry of `like` ``(p,)``, from 0 on or `above` it.
+
+    Raises
+    ------
+    ValueError
+        They are something else, or of another dtype or device.
+    """
+    wanted = "positive" if above else "zero or positive"
+    shaped = isinstance(values, Tensor) and values.shape == like.shape
+    if not shaped or not bool((values.isfinite() & (values > 0 if above else values >= 0)).all()):
+        raise ValueError(f"{name} must hold {len(like)} {wanted} numbers")
+    if values.dtype != like.dtype or values.device != like.device:
+        raise ValueError(
+            f"{name} is {values.dtype} on {values.device}, the parameters are {like.dtype} on "
+            f"{like.device}; convert it by .to(stage.vector())"
+        )
+
+
 def check_limits(tol: Any, max_iterations: Any) -> None:
     """Of a method that iterates: its tolerance, relative, and its limit, each None or a number."""
     if tol is not None:
         between("tol", tol)
     if max_iterations is not None:
         whole("max_iterations", max_iterations, 1)
+
+
+def whole_numbers(name: str, values: Any) -> Tensor:
+    """A vector of whole numbers or of truth values, on the CPU.
+
+    Raises
+    ------
+    TypeError
+        It is none.
+    """
+    wanted = f"{name} must be a vector of whole numbers or a Boolean mask"
+    try:
+        given = values if hasattr(values, "dtype") else list(values)
+        found = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{wanted}: {error}") from error
+    if not found.numel():
+        return torch.zeros(0, dtype=torch.long, device="cpu")
+    if found.dim() != 1 or found.is_floating_point() or found.is_complex():
+        raise TypeError(f"{wanted}, not {found.dtype} of shape {tuple(found.shape)}")
+    return found
 
 
 def indices_of(name: str, values: Any, size: int) -> Tensor:
@@ -91,11 +168,7 @@ def indices_of(name: str, values: Any, size: int) -> Tensor:
     ValueError
         A mask of another length, or a number outside 0..`size` − 1.
     """
-    try:
-        given = values if hasattr(values, "dtype") else list(values)
-        chosen = torch.as_tensor(given, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be whole numbers or a Boolean mask: {error}") from error
+    chosen = whole_numbers(name, values)
     if chosen.dtype == torch.bool:
         if tuple(chosen.shape) != (size,):
             raise ValueError(
@@ -103,10 +176,6 @@ def indices_of(name: str, values: Any, size: int) -> Tensor:
                 "examples"
             )
         return chosen.nonzero()[:, 0]
-    if not chosen.numel():
-        return torch.zeros(0, dtype=torch.long, device="cpu")
-    if chosen.dim() != 1 or chosen.is_floating_point() or chosen.is_complex():
-        raise TypeError(f"{name} must be a vector of whole numbers or a Boolean mask")
     chosen = chosen.long()
     outside = chosen[(chosen < -size) | (chosen >= size)]
     if len(outside):

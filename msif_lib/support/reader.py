@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from msif_lib.support.data import Batch, Examples, map_leaves
+
+R = TypeVar("R")
 
 
 class Reader:
@@ -68,6 +71,29 @@ class Reader:
         """The examples of this process in order, in batches, on the device."""
         return self.read(batch_size, self.share)
 
+    def digested(self, batch_size: int) -> Iterator[tuple[Batch, Tensor]]:
+        """The same with a digest ``(b, 2)`` of each example, on the device."""
+        for batch, digests in self.examples.digested(batch_size, self.share):
+            inputs, targets = map_leaves(lambda leaf: leaf.to(self.device), batch)
+            yield (inputs, targets), digests.to(self.device)
+
+    def on_first(self, work: Callable[[], R]) -> R | None:
+        """What the first process finds, where it alone does some work; None on the others.
+
+        Raises
+        ------
+        ValueError
+            What the first process refuses, all refuse.
+        """
+        found, refusal = None, None
+        if self.first_process:
+            try:
+                found = work()
+            except Exception as error:
+                refusal = error
+        self.agree_on(refusal)
+        return found
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes that share the data; here there is but one."""
         return tensor
@@ -93,6 +119,9 @@ class Reader:
         """Raise what any process refuses on every process; here there is but one."""
         if refusal is not None:
             raise refusal
+
+    def require_alike(self, given: Callable[[], dict[str, str]]) -> None:
+        """Refuse where processes that share the data were given other digests, by name."""
 
     def require_same(self, digest: Callable[[], str]) -> None:
         """Refuse where processes that share the data hold different stages; here there is one."""

@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from inspect import isfunction
+from operator import attrgetter
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from msif_lib.support.functional import explain_missing_derivatives, full_precision
+from msif_lib.support.notices import warn_caller
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,6 +89,42 @@ def _stepwise(steps: Iterator[R]) -> Iterator[R]:
             except StopIteration:
                 return
         yield value
+
+
+def warn_of_rounding(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Warn where single precision is multiplied with fewer digits, as torch's settings may allow.
+
+    On a GPU torch's convolutions are so unless they are told not to.
+    """
+    if dtype != torch.float32:
+        return
+    kinds = {
+        "cuda": {"torch.backends.cuda.matmul": False, "torch.backends.cudnn.conv": True},
+        "cpu": {"torch.backends.mkldnn.matmul": False, "torch.backends.mkldnn.conv": True},
+    }
+    convolves = any(isinstance(module, _ConvNd) for module in model.modules())
+    mends = [
+        mend
+        for name, convolutions in kinds.get(device.type, {}).items()
+        if (convolves or not convolutions) and (mend := _told_not_to_round(name))
+    ]
+    if mends:
+        warn_caller(
+            "float32 is multiplied with the three digits of TF32 or bfloat16 here, which solves "
+            f"cannot see: set {' and '.join(mends)}, or use float64",
+            UserWarning,
+        )
+
+
+def _told_not_to_round(name: str) -> str:
+    """How a kind of products is told not to round; empty where it does not."""
+    try:
+        precision = attrgetter(name.removeprefix("torch."))(torch).fp32_precision
+    except AttributeError:  # an older torch, which has another setting and only for GPUs
+        name = name.removesuffix(".conv")
+        rounds = getattr(attrgetter(name.removeprefix("torch."))(torch), "allow_tf32", False)
+        return f"{name}.allow_tf32 = False" if rounds else ""
+    return f"{name}.fp32_precision = 'ieee'" if precision in ("tf32", "bf16") else ""
 
 
 class OwnState:

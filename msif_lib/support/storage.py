@@ -1,34 +1,42 @@
-"""Long work on disk, so that what was interrupted goes on where it stopped.
+"""Scores on disk, so that what was interrupted goes on where it stopped.
 
-In the folder of a call stand, for its stage number k (or, where a file is named for the scores of
-the first stage, beside that file and with its name),
+In the folder of a call, a store of :mod:`msif_lib.support.checkpoint` with its lock, stand, for its
+stage number k,
 
-    stage-k.npy                the scores
+    problem.pt                 all that the call depends on; everything below bears its key
+    stage-k.npy                the scores, written in steps
+    stage-k.npy.progress.pt    how many examples are scored, and the SHA-256 of the file so far
     stage-k.npy.solution.pt    the solved right-hand sides and the reports of their solves
-    stage-k.npy.progress.json  the number of examples scored so far
-    stage-k.npy.walk-<key>.pt  how far a walk back through recorded steps has come; removed after it
+    stage-k.npy.walk.pt        how far a walk back through recorded steps has come; removed after it
 
-each with a fingerprint of the problem that it belongs to, so that two problems are never mixed.
+A step is brought to the disk before the progress says so, and the digest is compared whenever the
+file is taken up again or given back. Where a ``.npy`` file is named for the scores of the first
+stage, they alone stand there, and all else in a folder beside it, ``<name>.npy.kept``.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
 
 #: Batches scored between two writings to disk.
 _BATCHES_A_STEP = 32
+# Bytes of a file that are read at once.
+_BLOCK = 2**20
 
 
 class Scored(Protocol):
@@ -57,99 +65,184 @@ class Scored(Protocol):
         """∇ℓ_iᵀ v in blocks ``(b, k)``."""
         ...
 
-    def identity(self) -> list[Any]:
-        """What the stage is known by."""
-        ...
+
+# --- where -------------------------------------------------------------------------------------
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
-def check_out(out: str | Path) -> Path:
-    """Where scores can be kept: a folder, made if need be, or a ``.npy`` file in one.
+def check_out(out: str | Path) -> tuple[Path, Path]:
+    """Where scores are kept: the folder, not yet made, and the file of the first stage's.
 
     Raises
     ------
     ValueError
-        It is another file; the folder that it lies in does not exist.
+        `out` is another file, or the folder that it lies in does not exist; there is a folder
+        where a ``.npy`` file should be, or the reverse.
     """
     path = Path(out)
     if not path.parent.is_dir():
         raise ValueError(f"out: the folder {path.parent} does not exist")
     if path.suffix == ".npy" and not path.is_dir():
-        return path
+        return path.with_name(f"{path.name}.kept"), path
     if path.is_file():
         raise ValueError(f"out must be a folder for the scores of all stages, not the file {path}")
-    path.mkdir(exist_ok=True)
-    return path
+    return path, path / "stage-0.npy"
 
 
-def file_of(out: Path, number: int) -> Path:
-    """The file of a stage's scores: ``stage-k.npy`` in a folder, or the first stage's own."""
-    if out.is_dir():
-        return out / f"stage-{number}.npy"
-    return out.with_name(f"{out.stem}-stage-{number}.npy") if number else out
-
-
-def _beside(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    new = _beside(path, ".new")
-    write(new)
-    os.replace(new, path)
-
-
-def _refuse(path: Path) -> None:
-    raise ValueError(
-        f"out: {path} belongs to another problem (other parameters, data, test examples, solver "
-        "or settings), or a file beside it is missing; give another path, or remove them all"
-    )
-
-
-def begun(path: Path) -> bool:
-    """Whether something is kept for a file of scores."""
-    return path.exists() or _beside(path, ".solution.pt").exists()
-
-
-def kept(
-    path: Path, key: str, make: Callable[[], dict[str, Any]], reader: Reader
-) -> dict[str, Any]:
-    """The solution kept beside `path`, or else that of `make`, which is then kept.
-
-    Parameters
-    ----------
-    path
-        The file of scores.
-    key
-        Fingerprint of all that the solution depends on.
-    make
-        Gives tensors and plain values by name.
-    reader
-        Knows which process writes, of those that share the data.
+def refuse(path: Path, damaged: bool = False) -> NoReturn:
+    """Say that a file is another problem's, or that nobody can tell.
 
     Raises
     ------
     ValueError
-        What is kept there is the solution of another problem.
+        Always.
     """
-    file = _beside(path, ".solution.pt")
-    if path.exists() and not file.exists():
-        _refuse(path)
-    if file.exists():
-        known: dict[str, Any] = torch.load(file, map_location=reader.device, weights_only=True)
-        if known.pop("fingerprint") != key:
-            _refuse(file)
-        return known
-    made = make()
-    if reader.first_process:
-        _replace(file, lambda new: torch.save({"fingerprint": key, **made}, new))
-    return made
+    raise ValueError(
+        f"out: {path} is damaged (its checksum is another), so that nothing tells which problem "
+        "the files beside it belong to; remove them all, or give another path"
+        if damaged
+        else f"out: {path} belongs to another problem (other parameters, data, test examples, "
+        "solver or settings), or a file beside it is missing; give another path, or remove them all"
+    )
 
 
-def sweep(stage: Scored, v: Tensor, path: Path | None, progress: bool) -> Tensor:
+class ScoresFile:
+    """The ``.npy`` file of a stage's scores, filled from its beginning.
+
+    Parameters
+    ----------
+    store
+        Keeps how far the file has come.
+    path
+        The file.
+    name
+        Under which it keeps that.
+    key
+        Of the problem that the scores belong to.
+    """
+
+    def __init__(self, store: Checkpoint, path: Path, name: str, key: str) -> None:
+        self.path, self._store, self._key = path, store, key
+        self._name = f"{name}.progress"
+        self._sha, self._header, self._row = hashlib.sha256(), b"", 0
+
+    def take_up(self, size: int, like: Tensor) -> int:
+        """The number of examples whose scores the file holds; it is made where there is none.
+
+        Parameters
+        ----------
+        size
+            Number of examples.
+        like
+            The scores of none of them ``(0, ...)``.
+
+        Raises
+        ------
+        ValueError
+            It belongs to another problem, or a file beside it is missing or damaged.
+
+        Warns
+        -----
+        UserWarning
+            The file is damaged, so that the examples are scored anew.
+        """
+        row = _storable(like).numpy()
+        self._header = _header(row.dtype, (size, *row.shape[1:]))
+        self._row = row.dtype.itemsize * int(np.prod(row.shape[1:]))
+        state, there = self._store.get(self._name), self.path.exists()
+        if there and self.path.is_dir():
+            raise ValueError(f"out: {self.path} is a folder; remove it, or give another path")
+        if there and state is None and self._store.exists(self._name):
+            refuse(self._store.path(self._name), damaged=True)
+        if there and (state is None or state["key"] != self._key):
+            refuse(self.path)
+        if there and state is not None and state["finished"]:
+            if self._digest(state["finished"]) == state["sha256"]:
+                return state["finished"]
+            warn_caller(
+                f"out: {self.path} was damaged since it was written (its checksum is another); its "
+                "examples are scored anew",
+                UserWarning,
+            )
+        self._begin(size)
+        return 0
+
+    def _begin(self, size: int) -> None:
+        self._sha = hashlib.sha256(self._header)
+        self._note(0)
+        with self._store.replacing(self.path) as file:
+            file.write(self._header)
+            file.truncate(len(self._header) + size * self._row)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """The scores of the examples from `start` on, which is how far the file has come.
+
+        Raises
+        ------
+        OSError
+            The disk is full, say; what was written before stays.
+        """
+        content = np.ascontiguousarray(_storable(rows).numpy()).tobytes()
+        # Not through a map: where the disk is full, that would kill the process without a word.
+        with self._store.explained(self.path), self.path.open("r+b") as file:
+            file.seek(len(self._header) + start * self._row)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._sha.update(content)
+        self._note(start + len(rows))
+
+    def _note(self, finished: int) -> None:
+        digest = self._sha.hexdigest()
+        self._store.put(self._name, {"key": self._key, "finished": finished, "sha256": digest})
+
+    def _digest(self, rows: int) -> str:
+        """Of so many rows and of what stands before them, read from the disk."""
+        self._sha = hashlib.sha256()
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < len(self._header) + rows * self._row:
+                return ""
+            left = len(self._header) + rows * self._row
+            while left:
+                block = file.read(min(_BLOCK, left))
+                self._sha.update(block)
+                left -= len(block)
+        return self._sha.hexdigest()
+
+    def require_whole(self, size: int) -> None:
+        """See that what was written is what stands on the disk.
+
+        Raises
+        ------
+        OSError
+            It is not.
+        """
+        expected = self._sha.hexdigest()
+        if self._digest(size) != expected:
+            raise OSError(
+                f"out: {self.path} does not hold what was written to it; is the disk in order, or "
+                "did something else write there? Call again"
+            )
+
+    def rows(self) -> Tensor:
+        """The scores, read when looked at; changes to them stay in memory."""
+        return torch.from_numpy(np.load(self.path, mmap_mode="c"))
+
+
+def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
+
+
+def _storable(values: Tensor) -> Tensor:
+    return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu()
+
+
+# --- a sweep over the examples -----------------------------------------------------------------
+
+
+def sweep(stage: Scored, v: Tensor, file: ScoresFile | None, progress: bool) -> Tensor:
     """∇g(z_i)ᵀ v for every example of a stage, in the data's order.
 
     Parameters
@@ -158,17 +251,17 @@ def sweep(stage: Scored, v: Tensor, path: Path | None, progress: bool) -> Tensor
         The stage.
     v
         One direction ``(p,)`` or several as columns ``(p, k)``.
-    path
-        None: the values stay in memory. Else the ``.npy`` file that they are written to as they
-        come; where it holds some of them already, only the others are computed.
+    file
+        None: the values stay in memory. Else where they are written as they come; where it holds
+        some of them already, only the others are computed.
     progress
         Show a bar over examples.
 
     Returns
     -------
     Tensor
-        ``(N,)`` or ``(N, k)``; where there is a `path`, on the CPU and read from the file when
-        looked at (changes to it stay in memory). NumPy has no bfloat16: float32 stands for it.
+        ``(N,)`` or ``(N, k)``; where there is a `file`, on the CPU and read from it when looked at
+        (changes to it stay in memory). NumPy has no bfloat16: float32 stands for it.
 
     Raises
     ------
@@ -176,43 +269,47 @@ def sweep(stage: Scored, v: Tensor, path: Path | None, progress: bool) -> Tensor
         A value is not finite; the message names the example.
     ValueError
         The file belongs to another problem.
+    OSError
+        It cannot be written.
     """
     size, step = stage.size, _BATCHES_A_STEP * stage.chunk_size
     with tqdm(
         total=size, desc="scores", unit=" examples", disable=not progress, delay=1, leave=False
     ) as bar:
-        if path is None:
+        if file is None:
             return _derivatives(stage, range(size), v, bar)
-        key = fingerprint(v, stage.identity())
-        finished = _finished(path, key, stage)
-        if not finished and stage.reader.first_process:
-            _note(path, {"fingerprint": key, "finished": 0, "size": size})
-            dtype = _storable(v).numpy().dtype
-            np.lib.format.open_memmap(path, "w+", dtype, (size, *v.shape[1:]))
-        bar.update(finished)
-        for start in range(finished, size, step):
-            stop = min(start + step, size)
-            rows = _derivatives(stage, range(start, stop), v, bar)
-            if stage.reader.first_process:
-                _write(path, start, _storable(rows).numpy())
-                _note(path, {"fingerprint": key, "finished": stop, "size": size})
-    _wait(stage)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+        def rows_from(start: int) -> Iterator[Tensor]:
+            bar.update(start)
+            for first in range(start, size, step):
+                yield _derivatives(stage, range(first, min(first + step, size)), v, bar)
+
+        return _filled(file, size, v[:1].new_zeros(0, *v.shape[1:]), rows_from, stage.reader)
 
 
-def rows_kept(rows: Tensor, path: Path | None, reader: Reader) -> Tensor:
-    """Rows as they are or, where there is a `path`, written to it and read when looked at."""
-    if path is None:
+def rows_kept(rows: Tensor, file: ScoresFile | None, reader: Reader) -> Tensor:
+    """Rows as they are or, where there is a `file`, written to it and read when looked at."""
+    if file is None:
         return rows
-    if reader.first_process:
-        _replace(path, lambda new: _save(new, _storable(rows).numpy()))
-    reader.all_reduce(torch.zeros(1, device=reader.device))
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return _filled(file, len(rows), rows[:0], lambda start: iter([rows[start:]]), reader)
 
 
-def _save(path: Path, values: np.ndarray) -> None:
-    with path.open("wb") as file:  # np.save would add an ending to a name
-        np.save(file, values)
+def _filled(
+    file: ScoresFile,
+    size: int,
+    like: Tensor,
+    rows_from: Callable[[int], Iterator[Tensor]],
+    reader: Reader,
+) -> Tensor:
+    """The rows of a file, those that it lacks being written, by the first process, as they come."""
+    found = reader.on_first(lambda: file.take_up(size, like))
+    start = int(reader.all_reduce(torch.tensor(found or 0, device=reader.device)))
+    if start < size:
+        for rows in rows_from(start):
+            reader.on_first(partial(file.write, start, rows))
+            start += len(rows)
+        reader.on_first(lambda: file.require_whole(size))
+    return file.rows()
 
 
 def _derivatives(stage: Scored, indices: range, v: Tensor, bar: Any) -> Tensor:
@@ -237,38 +334,3 @@ def _counted(blocks: Iterator[Tensor], everyone: int, own: int, bar: Any) -> Ite
         bar.update(start + seen * everyone // own - bar.n)
         yield block
     bar.update(start + everyone - bar.n)
-
-
-def _storable(values: Tensor) -> Tensor:
-    return (values.float() if values.dtype == torch.bfloat16 else values).cpu()
-
-
-def _finished(path: Path, key: str, stage: Scored) -> int:
-    """The number of examples whose values are in the file."""
-    progress, finished = _beside(path, ".progress.json"), 0
-    if path.exists():
-        state: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {}
-        if state.get("fingerprint") != key:
-            _refuse(path)
-        finished = state["finished"]
-    _wait(stage)  # nobody writes before all have read
-    return finished
-
-
-def _write(path: Path, start: int, rows: np.ndarray) -> None:
-    # Not through the map: where the disk is full, that would kill the process without a word.
-    values = np.load(path, mmap_mode="r")
-    with path.open("r+b") as file:
-        file.seek(values.offset + start * values.strides[0])
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _note(path: Path, state: dict[str, Any]) -> None:
-    _replace(_beside(path, ".progress.json"), lambda new: new.write_text(json.dumps(state)))
-
-
-def _wait(stage: Scored) -> None:
-    """Until every process has come here."""
-    stage.reader.all_reduce(torch.zeros(1, device=stage.reader.device))
