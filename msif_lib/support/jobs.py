@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from threading import Lock
 from typing import Any
 from uuid import uuid4
@@ -16,6 +18,8 @@ import torch
 from joblib import Parallel, delayed
 from joblib.parallel import get_active_backend
 from torch import Tensor
+
+from msif_lib.support.lifeline import end_with
 
 Job = Callable[[Any], Any]
 
@@ -29,7 +33,8 @@ def as_finished(
 ) -> Generator[tuple[int, Any], None, None]:
     """Evaluate ``work(argument)`` for each argument, several at once.
 
-    The backend is joblib's: processes of this machine, or what `joblib.parallel_config` names.
+    The backend is joblib's: processes of this machine, which end with this one, or what
+    `joblib.parallel_config` names.
     `work` is pickled once, lambdas and local classes included. Processes of this machine read it
     from a memory-mapped file; a Dask cluster holds it as the result of a task, which it computes
     again where a lost worker had it. Without other processes nothing is pickled.
@@ -62,16 +67,30 @@ def as_finished(
         if hasattr(backend, "client"):
             shared = _task_of_dask(backend.client, shared)
             stack.enter_context(_deaths_reported(backend))
+        caller = os.getpid()
         tasks = (
-            delayed(_one_job)(shared, number, argument, threads)
+            delayed(_one_job)(shared, number, argument, threads, caller)
             for number, argument in enumerate(arguments)
         )
         yield from parallel(tasks)
 
 
-def _one_job(shared: _Shared, number: int, argument: Any, threads: int) -> tuple[int, Any]:
+def _one_job(
+    shared: _Shared, number: int, argument: Any, threads: int, caller: int
+) -> tuple[int, Any]:
+    _tie(caller)
     with _turn, _torch_threads(threads):
         return number, shared.get()(argument)
+
+
+@cache
+def _tie(caller: int) -> None:
+    """End this process with the one that asks, where that started it.
+
+    joblib's own processes else finish their job and then wait for minutes.
+    """
+    if os.getppid() == caller:
+        end_with(caller)
 
 
 @contextmanager
