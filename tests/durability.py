@@ -8,6 +8,7 @@ says how often the numbers were the same to the last bit. It needs fork (Linux, 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import os
 import random
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from msif_lib import Chain, Stage, cross_entropy
 from msif_lib.links import Frozen, Optimum, Unrolled
 from msif_lib.retraining import retrain_without
+from msif_lib.solvers import Dense
 from msif_lib.support import storage
-from msif_lib.training import SGD, AdamW, descend, train_kept
+from msif_lib.training import SGD, AdamW, descend, train, train_kept
 
 warnings.simplefilter("ignore")
 storage._BATCHES_A_STEP = 1  # many writings
@@ -64,7 +66,8 @@ def stages(labels: int = 0) -> tuple[Stage, Stage, tuple[Tensor, Tensor]]:
 def solved(out: Path, labels: int = 0) -> list[Tensor]:
     """Scores of case 1 in a folder."""
     first, second, test = stages(labels)
-    chain = Chain([Optimum(first), Frozen(second)], float("inf"), progress=False)
+    links = [Optimum(first, Dense()), Frozen(second, Dense())]
+    chain = Chain(links, 1e9, progress=False)
     return [scores.values.clone() for scores in chain.scores(test, per_test=True, out=out)]
 
 
@@ -90,11 +93,20 @@ def trained(out: Path, labels: int = 0) -> list[Tensor]:
     return [first.vector()]
 
 
+@functools.cache
+def optima(labels: int) -> tuple[Tensor, Tensor]:
+    """Where the two trainings of case 1 end, found before any process is started."""
+    first, second, _ = stages(labels)
+    train(first, epochs=2)
+    train(second, epochs=2, head_only=True)
+    return first.vector(), second.vector()
+
+
 def retrained(out: Path, labels: int = 0) -> list[Tensor]:
-    """Retrainings, from the parameters to which :func:`trained` comes without a checkpoint."""
+    """Retrainings of case 1."""
     first, second, test = stages(labels)
-    train_kept(first, epochs=2)
-    train_kept(second, epochs=2, head_only=True)
+    for stage, vector in zip((first, second), optima(labels)):
+        stage.load_vector(vector)
     chain = Chain([Optimum(first), Frozen(second)], progress=False)
     found = retrain_without(chain, [[i] for i in range(6)], test, checkpoint=out, progress=False)
     return [found.losses, found.losses_before, found.gradient_norms]
@@ -312,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--together", type=int, default=24, help="pairs of processes")
-    parser.add_argument("--no-spoiling", action="store_true")
+    parser.add_argument("--spoil", nargs="*", choices=CALLS, default=list(CALLS), metavar="CALL")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
@@ -328,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
             read_only(name, folder)
             print(f"{name}: full disk {sum(one != 'finished' for one in said)} times told, "
                   "read-only folder refused", flush=True)  # fmt: skip
-        for name in [] if given.no_spoiling else names:
+        for name in given.spoil:
             counts = Counter[str]()
             whole = CALLS[name](emptied(folder / "whole"))
             for file, way in list(spoilable(name, folder)):

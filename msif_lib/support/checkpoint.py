@@ -14,6 +14,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,7 +29,8 @@ from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
 
 _DIGEST = 32  # bytes of a SHA-256
-_UNFINISHED = ".part"
+# How the name of a file ends while it is written.
+_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part$")
 
 
 class Checkpoint:
@@ -86,8 +88,9 @@ class Checkpoint:
         self._held = 1
         try:
             with contextlib.suppress(OSError):
-                for left in self.folder.glob(f"*{_UNFINISHED}"):  # by a process that was killed
-                    left.unlink()
+                for left in self.folder.iterdir():  # by a process that was killed
+                    if _UNFINISHED.search(left.name):
+                        left.unlink()
             yield
         finally:
             self._held = 0
@@ -176,7 +179,7 @@ class Checkpoint:
     @contextlib.contextmanager
     def replacing(self, path: Path) -> Iterator[BinaryIO]:
         """A file to be written, which takes the place of `path` once it is on the disk."""
-        new = path.with_name(f"{path.name}.{secrets.token_hex(8)}{_UNFINISHED}")
+        new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
             with self.explained(path):
                 with new.open("xb") as file:
