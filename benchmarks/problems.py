@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, linearize
 
+from benchmarks.cache import keep, kept
 from benchmarks.reference import Product, example_derivatives, test_gradients
 
 CLASSES = 5
@@ -33,6 +33,7 @@ CLASSES = 5
 _DENSE = 1000
 # Relative residual of what counts as exact, and the rounds of refinement allowed.
 _EXACT, _REFINEMENTS = 1e-6, 5
+_MODULES = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def build(spec: Spec, folder: Path) -> Path:
         reverse, or the exact solutions are not exact.
     """
     path = path_of(spec, folder)
-    if path.exists():
+    if kept(path) is not None:
         return path
     dtype = getattr(torch, spec.dtype)
     inputs, targets, test = digits(spec)
@@ -337,14 +338,23 @@ def build(spec: Spec, folder: Path) -> Path:
     }  # fmt: skip
     scores = -example_derivatives(model, inputs, targets, x)
     problem = dataclasses.replace(problem, x=x, scores=scores, facts=facts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    torch.save(problem, temporary)
-    temporary.replace(path)
+    values = vars(problem) | {name: vars(problem)[name].state_dict() for name in _MODULES}
+    keep(path, values | {"network": (spec.image, spec.channels, spec.seed)})
     return path
 
 
 def load(path: Path) -> Problem:
-    """Read a problem that :func:`build` kept."""
-    problem: Problem = torch.load(path, weights_only=False)
-    return problem
+    """Read a problem that :func:`build` kept.
+
+    Raises
+    ------
+    ValueError
+        There is none, or the file is damaged.
+    """
+    known = kept(path)
+    if known is None:
+        raise ValueError(f"{path} is missing or damaged; build the problem again")
+    modules = dict(zip(_MODULES, network(*known.pop("network"))))
+    for name, module in modules.items():
+        module.to(known["inputs"].dtype).load_state_dict(known[name])
+    return Problem(**known | modules)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +89,37 @@ def test_a_problem_is_trained_once_and_is_what_its_name_says(path: Path, tiny: P
     assert other.facts["lowest_eigenvalue"] < 0
     eigenvalues = torch.linalg.eigvalsh(other.product().dense())
     assert float(eigenvalues[0]) == pytest.approx(other.facts["lowest_eigenvalue"], rel=1e-6)
+
+
+class Planted:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_damaged_problems_are_built_again_and_none_is_executed(path: Path, tmp_path: Path) -> None:
+    good, mark = path.read_bytes(), tmp_path / "executed"
+    planted = io.BytesIO()
+    torch.save({"facts": Planted(mark)}, planted)
+    half = bytearray(good)
+    half[len(half) // 2] ^= 1
+    for content in (b"", good[:-1], bytes(len(good)), bytes(half), planted.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="missing or damaged"):
+            load(path)
+    assert build(SPECS["tiny"], path.parent) == path
+    assert torch.equal(load(path).x, load(build(SPECS["tiny"], tmp_path)).x)
+    # A whole file of somebody else's.
+    content = planted.getvalue()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+    with pytest.raises(pickle.UnpicklingError):
+        load(path)
+    path.write_bytes(good)
+    assert not mark.exists()
 
 
 def test_a_problem_that_is_not_what_it_should_be_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The project's declarations agree with each other, and its notebooks are committed clean."""
 
+import ast
 import os
 import re
 import shutil
@@ -177,6 +178,51 @@ def test_make_help_lists_every_target():
     ).stdout
     for target in targets:
         assert re.search(rf"^  {target} ", shown, re.MULTILINE), f"{target} has no description"
+
+
+UNPICKLES = {
+    "msif_lib/study/datasets.py": 2,  # what has been compared with a published sum
+    "msif_lib/support/jobs.py": 1,  # what a process of its own has sent
+}
+
+
+def unpickled(source: str) -> int:
+    """The calls in a text by which what a file holds could be executed."""
+    found = 0
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {one.arg: ast.unparse(one.value) for one in node.keywords}
+        found += (
+            called in ("joblib.load", "yaml.load", "yaml.unsafe_load")
+            or re.fullmatch(r"(cloud)?pickle\.(loads?|Unpickler)", called) is not None
+            or (called == "torch.load" and given.get("weights_only") != "True")
+            or (called == "np.load" and "allow_pickle" in given)
+        )
+    return found
+
+
+def test_nothing_is_unpickled_that_has_not_been_verified():
+    for call in (
+        "pickle.load(f)",
+        "torch.load(f, weights_only=False)",
+        "torch.load(f)",
+        "yaml.load(f)",
+    ):
+        assert unpickled(call) == 1
+    assert unpickled("torch.load(f, weights_only=True), np.load(f), ast.literal_eval(x)") == 0
+    sources = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for folder in ("msif_lib", "benchmarks", "tools", "exercises")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+    for path in NOTEBOOKS:
+        cells = nbformat.read(path, as_version=4).cells
+        codes = (cell.source for cell in cells if cell.cell_type == "code")
+        sources[path.relative_to(ROOT).as_posix()] = "\n".join(codes)
+    counts = {name: unpickled(source) for name, source in sources.items()}
+    assert {name: count for name, count in counts.items() if count} == UNPICKLES
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess:
