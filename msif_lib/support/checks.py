@@ -153,10 +153,12 @@ def check_modes(model: nn.Module) -> None:
     check_tables(model)
     for name, child in model.named_modules():
         prefix = name.split(".")[0] if name else "model"
-        if isinstance(child, _BatchNorm) and child.training:
+        if isinstance(child, _BatchNorm) and (child.training or child.running_mean is None):
+            how = "in training mode" if child.training else "without running statistics"
+            mend = f"call {prefix}.eval() first, or use" if child.training else "use"
             raise ValueError(
-                f"{name or 'model'} is BatchNorm in training mode, so the loss of one example "
-                f"depends on the others; call {prefix}.eval() first, or use GroupNorm"
+                f"{name or 'model'} is BatchNorm {how}, so the loss of one example depends on the "
+                f"others; {mend} GroupNorm"
             )
         drops = isinstance(child, _DropoutNd) and child.p > 0
         if isinstance(child, nn.RNNBase | nn.MultiheadAttention):
@@ -193,3 +195,23 @@ def innermost(model: nn.Module, run: Callable[[], Any], state: Callable[[], Any]
         for handle in handles:
             handle.remove()
     return found[0] if found else None  # an inner one returns before those around it
+
+
+def returned(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, Tensor]]:
+    """The modules that return a tensor, by name and with it, in the order of their return."""
+    found: list[tuple[str, Tensor]] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim():
+                found.append((name, output.detach().clone()))
+
+        return look
+
+    handles = [child.register_forward_hook(keep(name)) for name, child in model.named_modules()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

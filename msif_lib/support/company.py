@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import NoReturn
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.support.chance import Generators
+from msif_lib.support.checks import returned
 from msif_lib.support.data import Batch, Examples, Nested, leaves, map_leaves
 from msif_lib.support.model import Model
 
@@ -201,8 +203,10 @@ class Company:
             one, other = (out[company.index(index)] for out, company in zip(outputs, companies))
             slack = self._eps**0.5 * (1 + float(one.abs().nan_to_num().max()))
             if not torch.allclose(one, other, rtol=0, atol=slack, equal_nan=True):
+                places = [company.index(index) for company in companies]
+                where = self._mixing(parts, batches, places, slack)
                 return (
-                    "the model mixes the examples of a batch (normalisation over the batch?); "
+                    f"the model mixes the examples of a batch{where} (normalisation over it?); "
                     "influence needs per-example losses: use GroupNorm or LayerNorm, or .eval()"
                 )
             shapes = f"outputs {tuple(outputs[0].shape)}" + shapes.removeprefix("outputs")
@@ -211,6 +215,23 @@ class Company:
             f"divided by their sum, or {shapes} broadcast against each other?); influence needs "
             'per-example losses: reduction="none", and equal shapes'
         )
+
+    def _mixing(
+        self, parts: Sequence[Tensor], batches: Sequence[Batch], places: Sequence[int], slack: float
+    ) -> str:
+        """In which module: of those whose output for the example differs the first to return."""
+        model = self._model
+        one, other = (
+            returned(model.model, partial(model.batch_outputs, parts, inputs))
+            for inputs, _ in batches
+        )
+        sizes = [leaves(batch)[0].shape[0] for batch in batches]
+        for (name, a), (_, b) in zip(one, other):  # shorter where the model goes other ways
+            if name and [len(a), len(b)] == sizes and a.shape[1:] == b.shape[1:]:
+                rows = a[places[0]], b[places[1]]
+                if not torch.allclose(*rows, rtol=0, atol=slack, equal_nan=True):
+                    return f" in {name}"
+        return ""
 
 
 def _among(indices: Sequence[int]) -> str:
