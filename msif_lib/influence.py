@@ -111,6 +111,7 @@ class Chain(OwnState):
         self.progress, self.gradient_norms = progress, dict[str, float]()
         for link in self.links:
             link.stage.check_module()
+        require_agreement(self.links, self.names)
         stages, names = [link.stage for link in self.links], self._arguments()
         for stage in stages:
             warn_of_rounding(stage.model, stage.dtype, stage.device)

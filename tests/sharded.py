@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from msif_lib import (
+    Chain,
     FixedEmbeddingInfluence,
     SingleStageInfluence,
     Stage,
     UpdatedEmbeddingInfluence,
 )
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
+from msif_lib.links import Link, Optimum, Stopped
 from msif_lib.scale.sharding import initialise, shard
-from msif_lib.solvers import ConjugateGradient, MinRes
+from msif_lib.solvers import ConjugateGradient, Dense, MinRes
 from msif_lib.support import storage
+from msif_lib.training import train
 
 storage._BATCHES_A_STEP = 2
 BATCHES = (4, 5)
@@ -141,6 +144,30 @@ def refusals(problem: Problem) -> dict[str, str]:
         "data": said(lambda: shard(stage(data=(x + rank, y)))),
         "fewer": said(lambda: shard(stage(data=(x[rank:], y[rank:])))),
         "group": said(lambda: [shard(stage(), group) for group in groups]),
+    }
+    exactly, test = {"progress": False, "stationarity_tol": float("inf")}, problem.pretraining_data
+    few = tuple(part[: 4 + rank] for part in test)
+
+    def chain(*links: Link) -> Chain:
+        return Chain(links or [Optimum(first)], **exactly)
+
+    ones = torch.ones(first.parameters.size, 1 + rank, dtype=first.dtype)
+    own = MinRes(damping=0.1 * rank)
+    answers |= {
+        "damping": said(lambda: chain(Optimum(first, own)).scores(test)),
+        "solver": said(lambda: chain(Optimum(first, (MinRes(), Dense())[rank])).scores(test)),
+        "curvature": said(
+            lambda: chain(Optimum(first, curvature=("hessian", "gauss-newton")[rank])).scores(test)
+        ),
+        "link": said(lambda: chain((Optimum(first), Stopped(first, 3.0))[rank]).scores(test)),
+        "time": said(lambda: chain(Stopped(first, 3.0 + rank)).pull_back(ones[:, :1])),
+        "other test": said(lambda: chain().scores(few)),
+        "per_test": said(lambda: chain().scores(test, per_test=rank == 0)),
+        "of": said(lambda: chain().scores(test, of=test if rank else None)),
+        "cotangent": said(lambda: chain().pull_back(ones)),
+        "at_once": said(lambda: chain().self_influence(at_once=3 + rank)),
+        "indices": said(lambda: chain().self_influence([rank])),
+        "train": said(lambda: train(first)),
     }
     answers["share of examples"] = str(list(first.reader.share))
     answers["to"] = str(first.to(torch.float32).reader.share)
