@@ -45,7 +45,24 @@ BlockName = Literal["joint", "embedding", "head", "trained"]
 _PRECONDITIONER_MEMORY = 2**28
 
 
-class _SecondDerivative(LinearOperator):
+class _OfStage(LinearOperator):
+    """An operator at the parameters that a stage had; all else of the stage must stay as it was."""
+
+    stage: Stage
+    _seen: Seen
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """The product A x; a ValueError where the stage changed."""
+        self._seen.require(self.stage, type(self).__name__)
+        return super().__matmul__(x)
+
+    def dense(self) -> Tensor:
+        """The matrix itself, kept, so that a second call is free."""
+        self._seen.require(self.stage, type(self).__name__)
+        return super().dense()
+
+
+class _SecondDerivative(_OfStage):
     """The block ∂²J/∂a∂b of the objective's Hessian, a and b blocks of the parameters.
 
     A product with v is ∂/∂a (∇_b J · v), double backward (Pearlmutter 1994). ∇_b J is recorded
@@ -130,13 +147,7 @@ class _SecondDerivative(LinearOperator):
         else:
             yield from self._kept
 
-    def dense(self) -> Tensor:
-        """The matrix itself, kept, so that a second call is free."""
-        self._seen.require(self.stage, type(self).__name__)
-        return super().dense()
-
     def _product(self, columns: Tensor) -> Tensor:
-        self._seen.require(self.stage, type(self).__name__)
         product = columns.new_zeros(self.shape[0], columns.shape[1])
 
         def add(gradient: Tensor | None) -> None:
@@ -262,7 +273,7 @@ class CrossHessian(_SecondDerivative):
         super().__init__(stage, rows, stage.own if columns is None else columns, memory_budget)
 
 
-class GaussNewton(LinearOperator):
+class GaussNewton(_OfStage):
     """The generalised Gauss-Newton matrix (1/N) Σ w_i J_iᵀ ℓ''_i J_i + R''.
 
     Positive semidefinite for a loss that is convex in the outputs, whatever the network; equal
@@ -321,7 +332,6 @@ class GaussNewton(LinearOperator):
         def penalty(leaf: Tensor) -> Tensor:
             return self.stage.penalty(self._parts(leaf))
 
-        self._seen.require(self.stage, type(self).__name__)
         product = torch.zeros_like(columns)
         for batch, weights in self.stage.weighted_batches():
             product += self._batch_products(batch, weights, columns) / self.stage.size
