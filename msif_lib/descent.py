@@ -25,6 +25,7 @@ from tqdm import tqdm
 from msif_lib.optimisers import SGD, AdamW, Optimiser, State
 from msif_lib.stage import Stage
 from msif_lib.steps import Augment, Batches, Linearised, Steps, drawn_from
+from msif_lib.support.arguments import check_columns, indices_of, whole
 from msif_lib.support.state import OwnState, in_own_state
 
 __all__ = [
@@ -125,6 +126,11 @@ class Path(OwnState):
         """
         ones = torch.ones_like(stage.parameters.take(self.end, stage.trained))
         factor, decay = (ones * rate for rate in self.optimiser.rates(stage))
+        if not bool((factor > 0).all()):
+            raise ValueError(
+                "groups: with a learning rate of 0 parameters do not move, which gradient flow "
+                "has no time for; leave their group out, and say in trained= what is trained"
+            )
         scale = factor * self.optimiser.scaling(self.states[len(self)])
         put, trained = stage.parameters.replaced, stage.trained
         return (
@@ -194,7 +200,9 @@ class Path(OwnState):
                 "start is where the training ended: a state_dict holds the parameters themselves, "
                 "which move; give copy.deepcopy(model.state_dict()), taken before training"
             )
-        indices = [torch.as_tensor(batch, dtype=torch.long, device="cpu") for batch in taken]
+        indices = [
+            indices_of(f"batches[{step}]", batch, stage.size) for step, batch in enumerate(taken)
+        ]
         steps = Steps(stage, first, indices, optimiser, learning_rates, noise_seed, augment)
         way, differing = _length(end - first), []
 
@@ -298,8 +306,7 @@ def descend(
     FloatingPointError
         The training diverged; the message names the step.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, not {epochs}")
+    whole("epochs", epochs, 1)
     sampler = Batches(stage.size, batch_size, seed)
     for _ in range(epochs):
         for _ in sampler:
@@ -419,9 +426,8 @@ def pull_back(
     DerivativeError
         The model has an operation without a second derivative.
     """
-    size, k = stage.parameters.size, cotangent.shape[-1]
-    if cotangent.dim() != 2 or len(cotangent) != size:
-        raise ValueError(f"cotangent must be ({size}, k), not {tuple(cotangent.shape)}")
+    check_columns("cotangent", cotangent, stage.vector())
+    k = cotangent.shape[1]
     # Not compared with where the modules are now: what came after may have trained them further.
     way, steps = _length(path.end - path.start), path.steps(stage)
     steps.require_second_derivatives()

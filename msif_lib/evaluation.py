@@ -10,6 +10,8 @@ import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 
+from msif_lib.support.arguments import between, whole
+
 _Statistic = Callable[..., Any]
 
 # Values that differ by this share of their size differ by rounding.
@@ -64,10 +66,8 @@ def _bootstrap(
     A resample in which a variable is constant, which few points make likely, has no correlation
     and is left out.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, not {resamples}")
+    between("confidence", confidence)
+    whole("resamples", resamples, 1)
     size = len(samples[0])
     drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -254,8 +254,7 @@ def mean_estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
         raise ValueError(f"an interval needs a vector of at least 2 values, not {sample.shape}")
     if not np.isfinite(sample).all():
         raise ValueError("values must be finite")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    between("confidence", confidence)
     middle = float(sample.mean())
     error = float(sample.std(ddof=1)) / len(sample) ** 0.5
     half = error * float(scipy.stats.t.ppf((1 + confidence) / 2, len(sample) - 1))

@@ -9,7 +9,6 @@ Vectors here are rows: what has a leading dimension ``(R, p)`` holds R models, o
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import below_one, not_negative, positive
 
 Rate = Tensor | float
 
@@ -140,26 +140,22 @@ class Optimiser(ABC):
         return spread(scale), spread(decay)
 
     def _check(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive, not {self.lr}")
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"clip must be positive, or None for no clipping, not {self.clip}")
-        _check_decay(self._decay_name, self.decay)
-        for index, group in enumerate(self.groups):
+        positive("lr", self.lr)
+        if self.clip is not None:
+            positive("clip", self.clip, ", or None for no clipping")
+        not_negative(self._decay_name, self.decay)
+        groups = self.groups
+        if isinstance(groups, Mapping) or not all(isinstance(one, Mapping) for one in groups):
+            raise TypeError("groups must be a list of dicts, each with 'params'")
+        for index, group in enumerate(groups):
             unknown = set(group) - {"params", "lr", self._decay_name}
             if unknown or "params" not in group:
                 raise ValueError(
                     f"groups[{index}] must have 'params' and may have 'lr' and "
                     f"'{self._decay_name}'; it has {sorted(group)}"
                 )
-            if not 0 <= group.get("lr", 0.0) < math.inf:
-                raise ValueError(f"groups[{index}]['lr'] must not be negative, not {group['lr']}")
-            _check_decay(f"groups[{index}]['{self._decay_name}']", group.get(self._decay_name, 0.0))
-
-
-def _check_decay(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be zero or positive, not {value}")
+            for key in ("lr", self._decay_name):
+                not_negative(f"groups[{index}]['{key}']", group.get(key, 0.0))
 
 
 @dataclass(frozen=True)
@@ -189,8 +185,8 @@ class SGD(Optimiser):
 
     Raises
     ------
-    ValueError
-        A value outside its range, or a group with a key that is not one of these.
+    TypeError, ValueError
+        A value that is no number or outside its range, a group with a key that is not one of these.
     """
 
     lr: float
@@ -202,8 +198,7 @@ class SGD(Optimiser):
     _decay_name = "decoupled_decay"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, not {self.momentum}")
+        below_one("momentum", self.momentum)
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         self._check()
@@ -279,8 +274,8 @@ class AdamW(Optimiser):
 
     Raises
     ------
-    ValueError
-        A value outside its range, or a group with a key that is not one of these.
+    TypeError, ValueError
+        A value that is no number or outside its range, a group with a key that is not one of these.
     """
 
     lr: float = 1e-3
@@ -292,10 +287,11 @@ class AdamW(Optimiser):
     _decay_name = "weight_decay"
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, at least 0 and below 1, not {self.betas}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps must be positive, not {self.eps}")
+        for index, beta in enumerate(self.betas):
+            below_one(f"betas[{index}]", beta)
+        positive("eps", self.eps)
         self._check()
 
     @property

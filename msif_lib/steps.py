@@ -9,7 +9,6 @@ where x are the parameters that are trained and c those that are not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +22,7 @@ from torch.utils.data import BatchSampler
 
 from msif_lib.optimisers import Optimiser, Rate, State, clipped
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import not_negative, whole
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.functional import (
     GraphNotCountable,
@@ -63,9 +63,9 @@ class Batches(BatchSampler):
     """
 
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        for name, value in (("n", n), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        whole("n", n, 1)
+        whole("batch_size", batch_size, 1)
+        whole("seed", seed)
         self.n, self.batch_size = n, batch_size
         self._generator = torch.Generator("cpu").manual_seed(seed)
         self.taken: list[Tensor] = []
@@ -172,7 +172,7 @@ class Steps:
     def _check(self) -> None:
         if not self.stage.trained:
             raise ValueError("the stage trains no parameter; say which with trained=")
-        if self.noise_seed is not None and not 0 <= self.noise_seed < 2**31:
+        if self.noise_seed is not None and not 0 <= whole("noise_seed", self.noise_seed) < 2**31:
             raise ValueError(f"noise_seed must be from 0 to 2**31 - 1, not {self.noise_seed}")
         if self.augment is not None and self.noise_seed is None:
             raise ValueError("augment draws, so that it needs a noise_seed")
@@ -429,9 +429,9 @@ def _replaced(
 
 
 def _one_a_step(rates: Sequence[float] | None, lr: float, steps: int) -> tuple[float, ...]:
-    values = (lr,) * steps if rates is None else tuple(float(rate) for rate in rates)
+    if rates is None:
+        return (lr,) * steps
+    values = rates.tolist() if isinstance(rates, Tensor) else list(rates)
     if len(values) != steps:
         raise ValueError(f"learning_rates must be {steps} numbers, one a step, not {len(values)}")
-    if not all(0 <= rate < math.inf for rate in values):
-        raise ValueError("learning_rates must be finite and not negative")
-    return values
+    return tuple(not_negative(f"learning_rates[{step}]", rate) for step, rate in enumerate(values))

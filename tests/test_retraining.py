@@ -417,7 +417,7 @@ def test_the_stages_are_left_as_they_were(convex):
         ([torch.ones(31, dtype=torch.bool)], {}, "removal 0 leaves no pretraining example"),
         ([list(range(31))], {}, "removal 0 leaves no pretraining example"),
         ([[0]], {"tol": 0.0}, "tol must be positive, not 0"),
-        ([[0]], {"damping": -0.1}, "damping must not be negative, not -0.1"),
+        ([[0]], {"damping": -0.1}, "damping must be zero or positive, not -0.1"),
         ([[0]], {"first_hessian": torch.eye(2)}, r"first_hessian must be of shape \("),
         ([[0]], {"fraction": 0.0}, "fraction must lie above 0 and at most at 1, not 0"),
         ([[0]], {"fraction": 1.1}, "fraction must lie above 0"),
