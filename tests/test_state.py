@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -20,7 +21,7 @@ from msif_lib import curvature as curvatures
 from msif_lib.influence import FixedEmbeddingInfluence, SingleStageInfluence
 from msif_lib.optimisers import SGD, AdamW
 from msif_lib.solvers import ConjugateGradient, Dense, Identity, MinRes
-from msif_lib.support.state import in_own_state, own_state
+from msif_lib.support.state import in_own_state, own_state, warn_of_rounding
 
 METHOD = Path(training.__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -357,3 +358,42 @@ def test_the_state_itself():
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
         assert not torch.is_autocast_enabled("cpu")
+
+
+# --- products with fewer digits ------------------------------------------------------------------
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def warned(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_rounding(model, dtype, device)
+    return " ".join(str(one.message) for one in caught)
+
+
+@pytest.fixture
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_in_tf32_are_warned_of_by_the_setting(precision):
+    linear, convolution = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(1, 1, 1))
+    assert warned(linear, torch.float32, GPU) == ""
+    assert warned(convolution, torch.float32, CPU) == ""
+    # Torch's own default.
+    assert "set torch.backends.cudnn." in warned(convolution, torch.float32, GPU)
+    precision("high")
+    assert "set torch.backends.cuda.matmul." in warned(linear, torch.float32, GPU)
+    assert warned(linear, torch.float64, GPU) == ""
+    precision("medium")
+    assert "set torch.backends.mkldnn.matmul." in warned(linear, torch.float32, CPU)
+
+
+def test_a_chain_warns_of_them(precision):
+    stage = Stage.of(nn.Linear(3, 2), cross_entropy, (torch.randn(6, 3), torch.arange(6) % 2))
+    precision("medium")
+    with pytest.warns(UserWarning, match="float32 is multiplied with the three digits"):
+        Chain([links.Optimum(stage)], stationarity_tol=float("inf"), progress=False)

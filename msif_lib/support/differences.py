@@ -182,7 +182,7 @@ class Point:
         return self._settled(1, at, self.value, exact, lambda x: float(x.abs() / scale))
 
     def _of_gradients(self, block: Block) -> Fault:
-        v = self._random(block, torch.ones(len(self._units)))
+        v = self._random(block, torch.ones(len(self._units), device="cpu"))
         exact = torch.zeros_like(v)
         if self._slope.requires_grad:
             (exact,) = torch.autograd.grad(
@@ -247,6 +247,6 @@ def units(parts: Sequence[Tensor]) -> list[float]:
     """The size of each parameter, the root of its mean square; that of all where it is zero."""
     dtype = torch.promote_types(parts[0].dtype, torch.float32)
     norms = torch.stack([part.detach().to(dtype).norm() for part in parts])
-    roots = torch.tensor([max(1, part.numel()) for part in parts]).to(norms).sqrt()
+    roots = norms.new_tensor([max(1, part.numel()) for part in parts]).sqrt()
     overall = float(norms.norm() / roots.norm()) or 1.0
     return [size or overall for size in (norms / roots).tolist()]

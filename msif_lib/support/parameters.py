@@ -86,7 +86,7 @@ def _meet(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one storage have an entry in common: columns of a matrix do not."""
     if a is b or a.itemsize != b.itemsize:
         return True
-    marks = torch.zeros(a.untyped_storage().nbytes() // a.itemsize, dtype=torch.bool)
+    marks = torch.zeros(a.untyped_storage().nbytes() // a.itemsize, dtype=torch.bool, device="cpu")
     marks.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
     return bool(marks.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
