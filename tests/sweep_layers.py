@@ -275,28 +275,20 @@ def recurrent() -> Iterator[Case]:
         kind = getattr(nn, name)
         options: dict[str, dict[str, Any]] = {
             "": {},
-            "two layers": {"num_layers": 2},
             "both ways": {"bidirectional": True},
-            "no bias": {"bias": False},
             "dropout eval": {"num_layers": 2, "dropout": 0.5},
             "dropout training": {"num_layers": 2, "dropout": 0.5},
         }
         if name == "LSTM":
             options["projected"] = {"proj_size": 1, "num_layers": 2, "bidirectional": True}
         if name == "RNN":
-            options["relu"] = {"nonlinearity": "relu"}
+            options["relu without bias"] = {"nonlinearity": "relu", "bias": False}
         for label, given in options.items():
 
             def make(kind: Any = kind, given: Any = given, label: str = label) -> nn.Module:
                 return kind(2, 2, batch_first=True, **given).train("eval" not in label)
 
             yield layer(f"{name} {label}".strip(), make, shape, lambda rnn, x: rnn(x))
-        yield layer(
-            f"{name} steps first",
-            lambda kind=kind: kind(2, 2),
-            shape,
-            lambda rnn, x: first(rnn(x.transpose(0, 1))).transpose(0, 1),
-        )
         yield layer(
             f"{name} last state",
             lambda kind=kind: kind(2, 2, batch_first=True),
@@ -312,6 +304,12 @@ def recurrent() -> Iterator[Case]:
                 "length": torch.tensor([3, 1, 2, 3, 2]),
             },
         )
+    yield layer(
+        "GRU steps first",
+        lambda: nn.GRU(2, 2),
+        shape,
+        lambda rnn, x: first(rnn(x.transpose(0, 1))).transpose(0, 1),
+    )
     for name in ("RNNCell", "LSTMCell", "GRUCell"):
 
         def stepped(cell: nn.Module, x: Tensor) -> Tensor:
@@ -352,18 +350,18 @@ def attention() -> Iterator[Case]:
         return lambda: nn.MultiheadAttention(3, 3, batch_first=True, **options)
 
     for label, options in (
-        ("", {}),
-        ("no bias", {"bias": False}),
-        ("bias in keys", {"add_bias_kv": True}),
-        ("zero key", {"add_zero_attn": True}),
+        ("training", {}),
+        ("eval", {}),
+        ("no bias eval", {"bias": False}),
+        ("bias in keys eval", {"add_bias_kv": True}),
+        ("zero key training", {"add_zero_attn": True}),
     ):
-        for mode in ("training", "eval"):
-            yield layer(
-                f"MultiheadAttention {label} {mode}".replace("  ", " "),
-                lambda options=options, mode=mode: heads(**options)().train(mode == "training"),
-                shape,
-                lambda a, x: a(x, x, x),
-            )
+        yield layer(
+            f"MultiheadAttention {label}",
+            lambda options=options, label=label: heads(**options)().train("eval" not in label),
+            shape,
+            lambda a, x: a(x, x, x),
+        )
     yield layer(
         "MultiheadAttention dropout eval",
         lambda: heads(dropout=0.5)().eval(),
