@@ -32,7 +32,7 @@ from msif_lib.support.data_check import DataCheck
 from msif_lib.support.identity import Identity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching
-from msif_lib.support.probe import probe
+from msif_lib.support.probe import probe, wanted
 from msif_lib.support.probes import Capabilities
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import OwnState
@@ -232,7 +232,7 @@ class Stage(OwnState, Model):
         self._chunk: list[int] = []
         if check:
             self.check_data()
-        if check is True and reader is None:
+        if wanted(check) and reader is None:
             probe(self, self.read, self.size, self.chunk_size)
         self.reader.require_same(partial(held_by_each, self, self.examples, self.weights))
 

@@ -539,3 +539,9 @@ def test_an_operator_that_passes_on_zero_tangents_is_differentiated_in_reverse(s
     assert not stage.can.forward_mode
     torch.testing.assert_close(GaussNewton(stage).dense(), GaussNewton(plain).dense())
     assert_right(stage)
+
+
+@pytest.mark.parametrize("check", ["all", None, 1])
+def test_what_is_checked_is_named(check):
+    with pytest.raises(ValueError, match=r'check must be True, "data" or False, not'):
+        stage_of(NoGrad(), check=check)

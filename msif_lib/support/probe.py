@@ -38,6 +38,19 @@ class DerivativeWarning(UserWarning):
     """The losses do not depend on something that is trained."""
 
 
+def wanted(check: object) -> bool:
+    """Whether a stage's `check` asks for the probe.
+
+    Raises
+    ------
+    ValueError
+        It is neither True, False nor "data".
+    """
+    if not (isinstance(check, bool) or (isinstance(check, str) and check == "data")):
+        raise ValueError(f'check must be True, "data" or False, not {check!r}')
+    return check is True
+
+
 def probe(model: Model, read: Read, size: int, at_once: int) -> None:
     """Refuse derivatives that the losses and the regularizer have not.
 
