@@ -82,6 +82,7 @@ class Stage(OwnState, Model):
         ``loss(outputs, targets)`` returns per-example losses ``(B,)``.
     data
         A pair ``(inputs, targets)`` of (nested) tensors, a map-style ``Dataset`` or a loader.
+        Targets may be none, ``()``; entries that are meant (−inf in a mask) need not be finite.
     l2
         Weight decay: adds l2/2 ‖parameters‖² to the objective.
     batch_size
@@ -107,12 +108,11 @@ class Stage(OwnState, Model):
     Raises
     ------
     ValueError
-        Empty or wrongly shaped data, or data that change when read again; targets outside the
-        classes; inputs, losses or weights that are not finite, with the first example at fault; a
-        loss that is not per-example, or depends on other examples or on chance (BatchNorm or
-        dropout in training mode); parameters that share memory without being one; mixed devices
-        or dtypes; a negative `l2` or weight; a pattern that fits no parameter; a `batch_size` or
-        `memory_budget` below 1; parameters read from elsewhere than their module's attribute.
+        Data that are empty, wrongly shaped, others when read again, or fewer than their loader's
+        data set; targets outside the classes; losses or weights that are not finite; a loss that is
+        not per-example, or depends on other examples, on chance or on earlier calls; a model that
+        writes into its inputs; parameters that share memory, or are read from elsewhere than their
+        module's attribute; mixed devices or dtypes; settings out of range, patterns that fit none.
     DerivativeError
         Derivatives that the losses or the regularizer have not.
 
