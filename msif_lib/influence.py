@@ -230,8 +230,9 @@ class Chain(OwnState):
         out
             A folder in which scores are written as they come, for data larger than memory;
             ``values`` are then read from there when looked at. What is solved and scored is kept,
-            so that the same call goes on where an interrupted one stopped. A ``.npy`` file is
-            that of the first stage's scores, all else being kept beside it.
+            so that the same call goes on where an interrupted one stopped. Another process that
+            works there is waited for. A ``.npy`` file is that of the first stage's scores, all else
+            being kept in a folder beside it, ``<name>.npy.kept``.
 
         Returns
         -------
@@ -242,8 +243,11 @@ class Chain(OwnState):
         Raises
         ------
         ValueError
-            Test data or `of` that a :class:`Stage` would refuse; an `out` that is another file, or
-            holds the scores of another problem.
+            Test data or `of` that a :class:`Stage` would refuse; an `out` that is another file, in
+            which nothing can be written, or that holds the scores of another problem or damaged
+            records; a setting of a link that nothing tells from another.
+        OSError
+            The disk has no room for the scores.
         FloatingPointError
             A product or a score is not finite, or a solve found nothing.
 
