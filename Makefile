@@ -7,7 +7,7 @@ PYTHON  ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-VENV := .venv/bin
+override VENV := .venv/bin
 # Idle OpenMP threads sleep instead of spinning: two busy processes otherwise starve each other.
 export OMP_WAIT_POLICY := PASSIVE
 

@@ -294,6 +294,30 @@ def test_an_iterator_begun_in_one_state_and_ended_in_another_leaves_the_last_as_
 # --- torch.func ----------------------------------------------------------------------------------
 
 
+def test_within_a_public_call_the_callers_state_changes_no_further_one():
+    class Wrapped(Stage):
+        strength = 1.0
+
+        @property
+        def pull(self) -> float:
+            return self.strength
+
+        @pull.setter
+        def pull(self, value: float) -> None:
+            self.strength = value
+
+        def switched_off(self) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                return self.gradient()
+
+    stage = Wrapped(
+        nn.Linear(3, 2).double(), nn.Linear(2, 2).double(), cross_entropy, data_of(9, 0)
+    )
+    assert torch.equal(stage.switched_off(), stage.gradient())
+    stage.pull = 2.0
+    assert stage.pull == 2.0
+
+
 def test_within_a_transform_of_torch_func_a_call_is_refused_not_taken_as_constant():
     stage = Stage.of(nn.Linear(3, 2).double(), cross_entropy, data_of(6, 0))
     with pytest.raises(RuntimeError, match=r"torch\.func.*stage\.losses_at"):

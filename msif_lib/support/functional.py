@@ -27,7 +27,7 @@ from msif_lib.support.substitutes import substituted
 # The code of every backward that is marked once_differentiable.
 _ONCE = once_differentiable(abs).__code__
 # Kinds of devices for which torch has autocast.
-_AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
+AUTOCASTING = ("cpu", "cuda", "mps", "xpu")
 
 
 class DerivativeError(RuntimeError):
@@ -37,7 +37,7 @@ class DerivativeError(RuntimeError):
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Autocast off: it would round products to half precision in forward and backward passes."""
-    rounding = [kind for kind in _AUTOCASTING if torch.is_autocast_enabled(kind)]
+    rounding = [kind for kind in AUTOCASTING if torch.is_autocast_enabled(kind)]
     if not rounding:
         yield
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from inspect import isfunction
 from operator import attrgetter
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from msif_lib.support.functional import explain_missing_derivatives, full_precision
+from msif_lib.support.functional import (
+    AUTOCASTING,
+    explain_missing_derivatives,
+    full_precision,
+)
 from msif_lib.support.notices import warn_caller
 
 P = ParamSpec("P")
@@ -21,6 +26,8 @@ R = TypeVar("R")
 
 # Special methods that do work, beside the public ones.
 _SPECIAL = {"__init__", "__post_init__", "__call__", "__matmul__"}
+# Whether this thread is within a public call already.
+_within: ContextVar[bool] = ContextVar("_within", default=False)
 
 
 @contextmanager
@@ -45,6 +52,7 @@ def own_state() -> Iterator[None]:
         full_precision(),
         explain_missing_derivatives(),
     ):
+        token = _within.set(True)
         try:
             yield
         except RuntimeError as error:
@@ -55,6 +63,8 @@ def own_state() -> Iterator[None]:
                 "within torch.inference_mode(), and torch takes no derivative of what it meets; "
                 "make it outside, or replace it by its .clone() made outside"
             ) from error
+        finally:
+            _within.reset(token)
 
 
 def in_own_state(function: Callable[P, R]) -> Callable[P, R]:
@@ -65,14 +75,27 @@ def in_own_state(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with own_state():
-            result = function(
-                *map(_usable, args),  # type: ignore[arg-type]
-                **{name: _usable(value) for name, value in kwargs.items()},  # type: ignore[arg-type]
-            )
+        if _within.get() and _unchanged():
+            result = function(*args, **kwargs)
+        else:
+            with own_state():
+                result = function(
+                    *map(_usable, args),  # type: ignore[arg-type]
+                    **{name: _usable(value) for name, value in kwargs.items()},  # type: ignore[arg-type]
+                )
         return _stepwise(result) if isinstance(result, Iterator) else result  # type: ignore[return-value]
 
     return wrapped
+
+
+def _unchanged() -> bool:
+    """Whether the library's own state still holds, so that a call within one need not set it."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and not any(map(torch.is_autocast_enabled, AUTOCASTING))
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _usable(value: Any) -> Any:
@@ -142,5 +165,5 @@ def _held(member: Any) -> Any:
     if isinstance(member, classmethod | staticmethod):
         return type(member)(in_own_state(member.__func__))
     if isinstance(member, property):
-        return property(in_own_state(member.fget), doc=member.__doc__) if member.fget else member
+        return member.getter(in_own_state(member.fget)) if member.fget else member
     return in_own_state(member) if isfunction(member) else member
