@@ -33,7 +33,7 @@ from msif_lib.support.identity import Identity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probe import probe, wanted
-from msif_lib.support.probes import Capabilities
+from msif_lib.support.capabilities import Capabilities
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import OwnState
 
