@@ -33,14 +33,15 @@ class Preconditioner(Protocol):
         ...
 
 
-def far_scales(columns: Tensor) -> Tensor:
+def far_scales(columns: Tensor, share: int = 3) -> Tensor:
     """Powers of two ``(k,)`` by which columns are divided whose squares leave the range; else 1.
 
-    The norm of a gradient of 1e-25 is zero in float32.
+    The norm of a gradient of 1e-25 is zero in float32. The range that counts is the dtype's
+    exponents divided by `share`.
     """
     most = -math.frexp(torch.finfo(columns.dtype).tiny)[1]
     exponents = torch.frexp(columns.abs().amax(0)).exponent.tolist()
-    far = [max(-most, min(e, most)) if abs(e) > most // 3 else 0 for e in exponents]
+    far = [max(-most, min(e, most)) if abs(e) > most // share else 0 for e in exponents]
     return torch.tensor([2.0**e for e in far], dtype=columns.dtype, device=columns.device)
 
 

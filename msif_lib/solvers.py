@@ -574,15 +574,41 @@ class ConjugateGradient(_Krylov):
     squared: bool = False
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        def matrix(x: Tensor) -> Tensor:
-            product = operator @ (operator @ x) if self.squared else operator @ x
-            return product + self.damping * x
-
-        right = _checked(operator @ b) if self.squared else b
-        x, report = self._run(_conjugate_gradient, matrix, right, progress, definite=True)
         if self.squared:
-            report = replace(report, products=2 * report.products + b.shape[1])
-        return x, report
+            return self._solve_squared(operator, b, progress)
+        return self._run(
+            _conjugate_gradient,
+            lambda x: operator @ x + self.damping * x,
+            b,
+            progress,
+            definite=True,
+        )
+
+    def _solve_squared(
+        self, operator: Operator, b: Tensor, progress: bool
+    ) -> tuple[Tensor, SolveReport]:
+        """(A² + λI) x = A b as ((A/u)² + λ/u²) (u x) = (A/u) b, with b in units of its own."""
+        scales = far_scales(b.to(_working(b.dtype)))
+        right = _checked(operator @ (b / scales).to(b.dtype))
+        unit = self._unit(right, b / scales)
+
+        def matrix(x: Tensor) -> Tensor:
+            return operator @ ((operator @ x) / unit) / unit + self.damping / unit / unit * x
+
+        x, report = self._run(_conjugate_gradient, matrix, right / unit, progress, definite=True)
+        # The second division is of numbers that its dtype may not hold.
+        x = (x.double() * scales / unit).to(b.dtype)
+        return x, replace(report, products=2 * report.products + b.shape[1])
+
+    def _unit(self, product: Tensor, b: Tensor) -> float:
+        """A power of two near the size of A, or of √λ, whose fourth power is out of range; else 1.
+
+        The iteration squares products with A².
+        """
+        working = _working(product.dtype)
+        sizes = product.to(working).abs().amax(0) / _norms(b.to(working))
+        size = sizes.amax().clamp_min(math.sqrt(self.damping))
+        return float(far_scales(size.reshape(1, 1), 8))
 
     @property
     def _system(self) -> str:

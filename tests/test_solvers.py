@@ -242,6 +242,31 @@ def test_the_squared_system_is_eq_16(negative, damping):
     assert solution.report.system == ("(A² + 0.01 I) x = A b" if damping else "A² x = A b")
 
 
+@pytest.mark.parametrize("negative", [0, 8])
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(torch.float32, (-100, -83, -40, -14, 14, 40, 83)), (F64, (-960, -300, -100, 100, 900))],
+    ids=str,
+)
+def test_units_of_a_matrix_change_no_bit_of_the_squared_system(negative, dtype, exponents):
+    """A² is squared again by the iteration: fourth powers of A must stay within the range."""
+    exact, right = symmetric(spectrum(30, 10, negative)), right_hand_sides(30, 3)
+    a, b = exact.to(dtype), right.to(dtype)
+    one = ConjugateGradient(squared=True).solve(a, b)
+    expected = torch.linalg.solve(exact, right)
+    assert (one.x.double() - expected).norm() <= 1e-3 * expected.norm()
+    for exponent in exponents:
+        unit = 2.0**exponent
+        found = ConjugateGradient(squared=True).solve(a * unit, b)
+        assert torch.equal(found.x.double() * unit, one.x.double())
+        assert found.report == one.report
+    # Damped by λ = 2^(2 e), which single precision need not hold.
+    one = ConjugateGradient(squared=True, damping=1.0).solve(a, b)
+    for exponent in (e for e in exponents if abs(e) < 500):
+        found = ConjugateGradient(squared=True, damping=4.0**exponent).solve(a * 2.0**exponent, b)
+        assert torch.equal(found.x.double() * 2.0**exponent, one.x.double())
+
+
 def test_the_squared_system_of_a_singular_matrix():
     """Flat directions are left out: the least-norm solution."""
     a = symmetric(torch.tensor([3.0, 2.0, 1.0, -1.0, 0.0, 0.0], dtype=F64))
