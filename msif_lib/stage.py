@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from msif_lib.support.capabilities import Capabilities
 from msif_lib.support.checks import (
     IGNORED,
     check_functions,
@@ -33,7 +34,6 @@ from msif_lib.support.identity import Identity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching
 from msif_lib.support.probe import probe, wanted
-from msif_lib.support.capabilities import Capabilities
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import OwnState
 
@@ -221,25 +221,41 @@ class Stage(OwnState, Model):
         check: bool | Literal["data"],
         reader: Reader | None = None,
     ) -> None:
-        self.data, self.examples, self.checked = data, Examples(data), check
+        probing = wanted(check) and reader is None
+        self._data, self.examples, self.checked = data, Examples(data), check
         self.reader = (
             Reader(self.examples, self.device) if reader is None else reader.on(self.examples)
         )
         self.weighted = weights is not None
         self.weights = checked_weights(weights, self.size, self.vector())
-        # What was found out about the model, once for this stage and all its sections.
-        self.can = Capabilities(self, self.reader.first, self.size)
+        self._can: Capabilities | None = None
         self._chunk: list[int] = []
         if check:
             self.check_data()
-        if wanted(check) and reader is None:
-            probe(self, self.read, self.size, self.chunk_size)
+        if probing:
+            self.check_derivatives()
         self.reader.require_same(partial(held_by_each, self, self.examples, self.weights))
 
     def check_data(self) -> None:
         """Refuse, as a ValueError, data that would make scores meaningless."""
-        check = DataCheck(self, self.reader)
+        check = DataCheck(self, self.reader, self.loss is cross_entropy)
         self.reader.agree_on(check.refusal(self.batch_size, lambda: self.chunk_size))
+
+    def check_derivatives(self) -> None:
+        """Refuse, as a DerivativeError, derivatives that the losses or the regularizer have not."""
+        self.reader.agreed(lambda: probe(self, self.read, self.size, self.chunk_size))
+
+    @property
+    def data(self) -> Batch | Dataset | DataLoader:
+        """The data as given; :meth:`with_data` makes a stage of others."""
+        return self._data
+
+    @property
+    def can(self) -> Capabilities:
+        """What the model can do with this loss, found out once for the stage and its sections."""
+        if self._can is None or self._can.loss is not self.loss:
+            self._can = Capabilities(copy.copy(self), self.reader.first, self.size)
+        return self._can
 
     @property
     def size(self) -> int:
@@ -413,7 +429,7 @@ class Stage(OwnState, Model):
         other._set_data((inputs, targets), self.weights if self.weighted else None, False, reader)
         return other
 
-    def identity(self, at: Tensor | None = None) -> Identity:
+    def identity(self, at: Tensor | None = None, lasting: bool = True) -> Identity:
         """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
         at = self.vector() if at is None else at
-        return identity_of(self, at, self.reader, self.chunk_size, self.weights)
+        return identity_of(self, at, self.reader, self.chunk_size, self.weights, lasting)

@@ -134,13 +134,19 @@ def refusals(problem: Problem) -> dict[str, str]:
         distance = outputs[:, 0] - outputs[:, 0].detach() + (targets != 5)
         return distance.abs().sqrt()
 
+    def detached(outputs: Tensor, targets: Tensor) -> Tensor:
+        return plain.loss(outputs.detach(), targets)
+
     five = y.clone().double()
     five[25] = 5
     first = shard(stage())
     answers = {
         "share": said(lambda: shard(stage(data=(x, outside)))),
         "test": said(lambda: first.with_data((x, outside), "test data")),
-        "gradient": said(lambda: shard(stage(data=(x, five), loss=kinked)).gradient()),
+        "derivative": said(lambda: shard(stage(loss=(plain.loss, detached)[rank]))),
+        "gradient": said(
+            lambda: shard(stage(data=(x, five), loss=kinked, check="data")).gradient()
+        ),
         "data": said(lambda: shard(stage(data=(x + rank, y)))),
         "fewer": said(lambda: shard(stage(data=(x[rank:], y[rank:])))),
         "group": said(lambda: [shard(stage(), group) for group in groups]),

@@ -104,6 +104,7 @@ def test_the_processes_share_the_examples_out(both):
     [
         ("share", "ValueError: the target of example 28 is 3, outside the head's 3 classes 0..2"),
         ("test", "ValueError: test data: the target of example 28 is 3, outside"),
+        ("derivative", "DerivativeError: the losses depend on "),
         ("gradient", "ValueError: the gradient of the loss of example 25 is not finite"),
         ("data", "ValueError: the processes hold different stages: parameters, number of examp"),
         ("fewer", "ValueError: the processes hold different stages"),

@@ -1,5 +1,9 @@
 """Attention and operations of a user's own: the right kernels, or a message that helps."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +11,13 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import GaussNewton, Hessian
 from msif_lib.support.functional import (
     DerivativeError,
+    differentiable_kernels,
     explain_missing_derivatives,
     require_second_derivatives,
 )
@@ -298,3 +304,83 @@ def test_gauss_newton_says_what_lacks_a_second_derivative():
     stage = stage_with(fused)
     with pytest.raises(DerivativeError, match="_scaled_dot_product_flash_attention_for_cpu"):
         GaussNewton(stage).dense()
+
+
+# --- settings of the whole process ---------------------------------------------------------------
+
+
+class WithThread(nn.Module):
+    """Something else is done by another thread while the model is evaluated."""
+
+    def __init__(self, work) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.work = nn.Embedding(6, 4).to(F64), work
+
+    def forward(self, ids):
+        thread = Thread(target=self.work)
+        thread.start()
+        thread.join()
+        return self.table(ids).sum(1).tanh()
+
+
+def test_another_thread_trains_by_torchs_own_operations_meanwhile():
+    table = nn.Embedding(6, 4, sparse=True)
+    layer, calls, seen = nn.Linear(4, 4), [], []
+
+    def train():
+        calls.clear()
+        optimiser = torch.optim.SparseAdam(table.parameters())
+        with torch.enable_grad():
+            for reentrant in (True, False):
+                rows = table(torch.tensor([1, 1, 2]))
+                h = checkpoint(lambda x: calls.append(1) or layer(x), rows, use_reentrant=reentrant)
+                h.sum().backward()
+        seen.append((table.weight.grad.is_sparse, len(calls)))  # once forward, once backward
+        optimiser.step()
+        table.weight.grad = None
+
+    ids = torch.randint(6, (5, 3), generator=torch.Generator().manual_seed(0))
+    stage = Stage.of(WithThread(train), cross_entropy, (ids, ids[:, 0] % 2), check=False)
+    stage.gradient()
+    assert seen and set(seen) == {(True, 4)}
+
+
+def settings():
+    cuda = torch.backends.cuda
+    return (
+        torch.backends.mha.get_fastpath_enabled(), cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled(),
+        torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled,
+        torch.backends.cudnn.allow_tf32, torch.embedding,
+    )  # fmt: skip
+
+
+def test_the_first_thread_to_finish_leaves_the_kernels_that_another_needs():
+    """Entered by two, left in the order of entry, the settings are the user's only at the end."""
+    before = settings()
+    first, second = (differentiable_kernels(True) for _ in range(2))
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.__enter__).result()
+        with second:
+            within = settings()
+            other.submit(first.__exit__, None, None, None).result()
+            assert settings() == within != before
+    assert settings() == before
+
+
+def test_recurrent_layers_are_evaluated_without_a_warning():
+    torch.manual_seed(0)
+    layer = nn.LSTM(3, 2, batch_first=True)
+    layer.forward = lambda x, f=layer.forward: f(x)[0][:, -1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Stage.of(layer, cross_entropy, (torch.randn(5, 2, 3), torch.tensor([0, 1, 0, 1, 1])))
+
+
+def test_a_compiled_module_is_refused_with_the_one_to_take():
+    """Its backward gives buffers away that a second derivative would read."""
+    said = "This backward function was compiled with non-empty donated buffers which requires"
+    words = r"lacks a derivative.*_orig_mod"
+    with pytest.raises(DerivativeError, match=words), explain_missing_derivatives():
+        raise RuntimeError(said)

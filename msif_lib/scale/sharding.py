@@ -15,9 +15,10 @@ on machines of one kind, for what is summed is the same number on each to the la
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from msif_lib.stage import Stage
 from msif_lib.support.data import Examples
+from msif_lib.support.functional import DerivativeError
 from msif_lib.support.identity import held_by_each
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import in_own_state
@@ -71,7 +73,7 @@ def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
     ----------
     stage
         A stage. Where the data are large give one with ``check=False``: the processes then
-        check their shares.
+        check their shares, and derivatives on few examples.
     group
         The processes that take part, by default all.
 
@@ -86,6 +88,8 @@ def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
         There is no process group, or this process is not in it.
     ValueError
         The processes were given different parameters or data; a share that :class:`Stage` refuses.
+    DerivativeError
+        As :class:`Stage`, where it has left this to the processes.
 
     Notes
     -----
@@ -101,6 +105,7 @@ def shard(stage: Stage, group: dist.ProcessGroup | None = None) -> Stage:
     shared = stage.reading(ShardedReader(stage.examples, stage.device, group=group))
     if not stage.checked:
         shared.check_data()
+        shared.check_derivatives()
     shared.reader.require_same(partial(held_by_each, shared, shared.examples, shared.weights))
     return shared
 
@@ -139,11 +144,6 @@ class ShardedReader(Reader):
         """The examples that this process reads."""
         return self.indices[self._cut()]
 
-    @property
-    def first_process(self) -> bool:
-        """Whether this process is the one that writes files."""
-        return self._rank == 0
-
     def section(self, indices: Sequence[int]) -> Reader:
         """A reader of these examples alone, shared out in the same way."""
         return ShardedReader(self.examples, self.device, indices, self.group)
@@ -176,10 +176,26 @@ class ShardedReader(Reader):
         return said
 
     def agree_on(self, refusal: Exception | None) -> None:
-        """What one process refuses, all refuse."""
-        for said in self._all_said("" if refusal is None else str(refusal) or repr(refusal)):
-            if said:
-                raise ValueError(said)
+        """Raise on every process what any raised, of the same kind; the first of them, if many."""
+        for rank, said in enumerate(self._all_said(refusal and _told(refusal))):
+            if said is not None:
+                raise refusal if rank == self._rank and refusal else said
+
+    def on_first(self, work: Callable[[], R]) -> R:
+        """What the first process finds by some work that it does alone, on every process."""
+        told: list[tuple[R | None, Exception | None]] = [(None, None)]
+        refusal = None
+        if self._rank == 0:
+            try:
+                told = [(work(), None)]
+            except Exception as error:
+                refusal, told = error, [(None, _told(error))]
+        first = dist.get_global_rank(self.group or dist.group.WORLD, 0)
+        dist.broadcast_object_list(told, first, self.group)
+        found, said = told[0]
+        if said is not None:
+            raise refusal or said
+        return cast(R, found)
 
     def require_alike(self, given: Callable[[], dict[str, str]]) -> None:
         """What a call was given must be the same in all processes."""
@@ -200,6 +216,15 @@ class ShardedReader(Reader):
                 "the processes hold different stages: parameters, number of examples, weights, "
                 "settings and data must be the same in all; seed or load them alike before shard()"
             )
+
+
+def _told(error: Exception) -> Exception:
+    """An error as another process can be told it."""
+    try:
+        told = pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class with arguments of its own, say
+        told = None
+    return told if type(told) is type(error) else ValueError(str(error) or repr(error))
 
 
 def _summable(dtype: torch.dtype) -> torch.dtype:

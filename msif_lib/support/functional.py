@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msif_lib.support.buffers import Held
-from msif_lib.support.data import Nested
+from msif_lib.support.data import Nested, rows_of
+from msif_lib.support.shared import Shared
 from msif_lib.support.substitutes import substituted
 
 # The code of every backward that is marked once_differentiable.
@@ -49,32 +50,45 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def differentiable_kernels(recurrent: bool) -> Iterator[None]:
-    """Kernels that have second and forward-mode derivatives, which the fused ones have not."""
-    with full_precision(), _unfused(recurrent), substituted():
+    """Kernels that have second and forward-mode derivatives, which the fused ones have not.
+
+    Which kernels torch takes is a setting of the whole process: what other threads compute
+    meanwhile is the same function, by the plain kernels too.
+    """
+    recurrence = _plain_recurrence() if recurrent else nullcontext()
+    with full_precision(), _plain_attention(), recurrence, substituted():
         yield
 
 
 @contextmanager
-def _unfused(recurrent: bool) -> Iterator[None]:
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    cuda = torch.backends.cuda
-    fused = (cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.cudnn_sdp_enabled)
-    chosen = cuda.math_sdp_enabled() and not any(enabled() for enabled in fused)
-    if chosen and not fast_attention and not recurrent:
-        yield
-        return
+def _unfused_attention() -> Iterator[None]:
+    fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextmanager
+def _unfused_recurrence() -> Iterator[None]:
+    # Not by their flags(), which set the precision of products as well, and warn of it.
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.mkldnn]
+    kept = [backend.enabled for backend in backends]
+    for backend in backends:
+        backend.enabled = False
+    try:
+        yield
+    finally:
+        for backend, enabled in zip(backends, kept):
+            backend.enabled = enabled
+
+
+_plain_attention, _plain_recurrence = Shared(_unfused_attention), Shared(_unfused_recurrence)
+
+
+_COMPILED = "the module that was compiled (its _orig_mod)"
 _FUNCTION = "a torch.autograd.Function of the model"
 # What torch says where a derivative is missing, with the operation's name if it tells, and a mend.
 _MISSING = (
@@ -103,8 +117,9 @@ _MISSING = (
     (r"must override the setup_context", "itself with setup_context apart from forward"),
     (
         r"(?P<name>torch\.compile) with aot_autograd does not currently support double backward",
-        "the module that was compiled (its _orig_mod)",
+        _COMPILED,
     ),
+    (r"This backward function was compiled with non-empty donated buffers", _COMPILED),
 )
 
 
@@ -213,11 +228,15 @@ class PureModule:
         The module; parameters that it is given later are not seen.
     numbers
         The number of each parameter among those that a call is given.
+    others
+        What is evaluated with it, the loss: what that holds stays as it was too.
     """
 
-    def __init__(self, module: nn.Module, numbers: Mapping[nn.Parameter, int]) -> None:
+    def __init__(
+        self, module: nn.Module, numbers: Mapping[nn.Parameter, int], *others: Any
+    ) -> None:
         self.module = module
-        self.held = Held(module)
+        self.held = Held(module, *others)
         self.recurrent = any(isinstance(child, nn.RNNBase) for child in module.modules())
         # Each parameter under every name it has; a submodule used twice is named once, or
         # functional_call would not put its own parameters back.
@@ -232,7 +251,7 @@ class PureModule:
 
         Buffers and attributes that the evaluation moves are copies; the module's stay.
         """
-        with self.held.copies():
+        with self.held.copies(rows_of(inputs)):
             return self.evaluate(parts, inputs)
 
     def evaluate(self, parts: Sequence[Tensor], inputs: Nested) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,11 +37,6 @@ class Reader:
         """The examples that this process reads."""
         return self.indices
 
-    @property
-    def first_process(self) -> bool:
-        """Whether files are written by this process, of those that share the data."""
-        return True
-
     def section(self, indices: Sequence[int]) -> Reader:
         """A reader of these examples alone."""
         return Reader(self.examples, self.device, indices)
@@ -74,25 +69,15 @@ class Reader:
     def digested(self, batch_size: int) -> Iterator[tuple[Batch, Tensor]]:
         """The same with a digest ``(b, 2)`` of each example, on the device."""
         for batch, digests in self.examples.digested(batch_size, self.share):
-            inputs, targets = map_leaves(lambda leaf: leaf.to(self.device), batch)
+            inputs, targets = map_leaves(self._moved, batch)
             yield (inputs, targets), digests.to(self.device)
 
-    def on_first(self, work: Callable[[], R]) -> R | None:
-        """What the first process finds, where it alone does some work; None on the others.
+    def on_first(self, work: Callable[[], R]) -> R:
+        """What the first process finds by some work that it does alone, on every process.
 
-        Raises
-        ------
-        ValueError
-            What the first process refuses, all refuse.
+        What it raises, all raise.
         """
-        found, refusal = None, None
-        if self.first_process:
-            try:
-                found = work()
-            except Exception as error:
-                refusal = error
-        self.agree_on(refusal)
-        return found
+        return work()
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the processes that share the data; here there is but one."""
@@ -116,9 +101,19 @@ class Reader:
         return torch.cat([like, *blocks])
 
     def agree_on(self, refusal: Exception | None) -> None:
-        """Raise what any process refuses on every process; here there is but one."""
+        """Raise on every process what any raised; here there is but one."""
         if refusal is not None:
             raise refusal
+
+    def agreed(self, work: Callable[[], R]) -> R:
+        """What some work gives that every process does; what it raises on any, it raises on all."""
+        result, refusal = None, None
+        try:
+            result = work()
+        except Exception as error:
+            refusal = error
+        self.agree_on(refusal)
+        return cast(R, result)
 
     def require_alike(self, given: Callable[[], dict[str, str]]) -> None:
         """Refuse where processes that share the data were given other digests, by name."""

@@ -1,6 +1,7 @@
 """What is used instead of operations of torch whose derivative is another function's.
 
-They are exchanged where torch looks them up at each call, and for as long as a model is evaluated.
+They are exchanged where torch looks them up at each call, and for as long as a model is evaluated;
+other threads are meanwhile given torch's own.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+
+from msif_lib.support.shared import Shared
 
 # torch's own.
 _EMBEDDING, _EMBEDDING_BAG = torch.embedding, torch.embedding_bag
@@ -139,12 +142,9 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-class _PlainCheckpoint:
-    """In place of CheckpointFunction, which gives parameters no part in derivatives."""
-
-    @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
-        return function(*arguments)
+def _plain_call(function: Callable[..., Any], preserve: bool, *arguments: Any) -> Any:
+    """In place of CheckpointFunction.apply, which gives parameters no part in derivatives."""
+    return function(*arguments)
 
 
 def _nothing_around(*arguments: Any, **named: Any) -> Iterator[None]:
@@ -153,40 +153,54 @@ def _nothing_around(*arguments: Any, **named: Any) -> Iterator[None]:
 
 
 # Where it is looked up, under which name, and what is found there instead.
-_SUBSTITUTES: list[tuple[Any, str, Any]] = [
+_SUBSTITUTES: list[tuple[Any, str, Callable[..., Any]]] = [
     (torch, "embedding", _embedding),
     (torch, "embedding_bag", _embedding_bag),
     (torch, "embedding_renorm_", _embedding_renorm),
     (torch, "_weight_norm", _weight_norm),
     (sys.modules["torch.nn.utils.weight_norm"], "_weight_norm", _weight_norm),
-    (torch.utils.checkpoint, "CheckpointFunction", _PlainCheckpoint),
+    (torch.utils.checkpoint, "CheckpointFunction", _plain_call),
     (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator", _nothing_around),
 ]
+# Whether this thread evaluates a model of the library's; others go on by torch's own.
+_evaluating: ContextVar[bool] = ContextVar("evaluating", default=False)
 
 
-class _Exchange:
-    """The substitutes in place while any thread asks for them."""
+def _chosen(own: Any, substitute: Callable[..., Any]) -> Any:
+    """What calls the substitute while this thread evaluates a model, else torch's own."""
+    if isinstance(own, type):
+        return SimpleNamespace(apply=_chosen(own.apply, substitute))  # type: ignore[attr-defined]
 
-    def __init__(self) -> None:
-        self._lock, self._asking, self._kept = Lock(), 0, list[Any]()
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (substitute if _evaluating.get() else own)(*arguments, **named)
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        with self._lock:
-            if not self._asking:
-                self._kept = [getattr(place, name) for place, name, _ in _SUBSTITUTES]
-                for place, name, substitute in _SUBSTITUTES:
-                    setattr(place, name, substitute)
-            self._asking += 1
-        try:
+    return call
+
+
+@contextmanager
+def _exchanged() -> Iterator[None]:
+    kept = [(place, name, getattr(place, name)) for place, name, _ in _SUBSTITUTES]
+    for (place, name, own), (*_, substitute) in zip(kept, _SUBSTITUTES):
+        setattr(place, name, _chosen(own, substitute))
+    try:
+        yield
+    finally:
+        for place, name, own in kept:
+            setattr(place, name, own)
+
+
+_in_place = Shared(_exchanged)
+
+
+@contextmanager
+def substituted() -> Iterator[None]:
+    """A context within which those operations have the derivatives of their functions."""
+    if _evaluating.get():
+        yield
+        return
+    token = _evaluating.set(True)
+    try:
+        with _in_place():
             yield
-        finally:
-            with self._lock:
-                self._asking -= 1
-                if not self._asking:
-                    for (place, name, _), kept in zip(_SUBSTITUTES, self._kept):
-                        setattr(place, name, kept)
-
-
-#: A context within which those operations have the derivatives of their functions.
-substituted = _Exchange()
+    finally:
+        _evaluating.reset(token)
