@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from msif_lib.support.atomic import replacing
 
 
 def keep(path: Path, values: dict[str, Any]) -> None:
@@ -17,9 +18,8 @@ def keep(path: Path, values: dict[str, Any]) -> None:
     torch.save(values, buffer)
     content = buffer.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(content + hashlib.sha256(content).digest())
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(content + hashlib.sha256(content).digest())
 
 
 def kept(path: Path) -> dict[str, Any] | None:

@@ -82,7 +82,7 @@ class _SecondDerivative(_OfStage):
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
         self._blocks = rows, columns
-        self._checked, self._seen = False, Seen(stage, parameters=False)
+        self._checked, self._seen = False, Seen(stage)
         self._kept: list[Tensor | None] | None = None
         if memory_budget is None:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
@@ -178,7 +178,9 @@ class Hessian(_SecondDerivative):
     ----------
     stage
         The stage, at whose current parameters the Hessian is taken (later changes of the
-        parameters do not move it).
+        parameters do not move it). All else that it depends on must stay as it is: products refuse
+        data, weights, buffers, a loss, l2 or regularizer that changed, but nothing tells of a
+        number that the model or the loss keeps otherwise (an attribute, a closure).
     block
         ``"joint"``: ∂²J/∂(W,U)² ``(p_W + p_U, p_W + p_U)``; ``"embedding"``: ∂²J/∂W²;
         ``"head"``: ∂²J/∂U²; ``"trained"``: of the parameters that the stage trains; or the
@@ -296,7 +298,7 @@ class GaussNewton(_OfStage):
         self.block = numbers_of(stage, block)
         self.stage = stage
         self.dtype, self.device = stage.dtype, stage.device
-        self._vector, self._seen = stage.vector(), Seen(stage, parameters=False)
+        self._vector, self._seen = stage.vector(), Seen(stage)
         self._at = stage.parameters.take(self._vector, self.block)
         self.shape = (self._at.numel(), self._at.numel())
 

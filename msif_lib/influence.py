@@ -47,7 +47,7 @@ from msif_lib.support.arguments import check_columns, indices_of, tolerance, who
 from msif_lib.support.data import Batch
 from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
-from msif_lib.support.seen import Seen
+from msif_lib.support.operators import LinearOperator
 from msif_lib.support.state import OwnState, warn_of_rounding
 from msif_lib.support.storage import rows_kept, sweep
 
@@ -119,11 +119,16 @@ class Chain(OwnState):
             HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
         ]
         self._stationarity_tol = stationarity_tol
-        self._look()
+        self._look(self._identities())
 
-    def _look(self) -> None:
+    def _identities(self) -> list[Identity]:
+        """What the stages are, by what their code computes now."""
+        return [link.stage.identity(link.vector(), lasting=False) for link in self.links]
+
+    def _look(self, identities: list[Identity]) -> None:
         """See that each stage begins where the one before ended, and how near an optimum it is."""
-        self._seen = [Seen(link.stage, link.reads_modules) for link in self.links]
+        self._known = identities
+        self._operators: list[dict[str, LinearOperator]] = [{} for _ in self.links]
         check_continuity(self.links, self._hand_overs, self._arguments())
         given: list[Tensor | None] = [
             None, *(over.value(link.vector()) for over, link in zip(self._hand_overs, self.links))
@@ -149,11 +154,24 @@ class Chain(OwnState):
         return "pretrain", "tuned" if isinstance(self.links[1], Proximal) else "finetune"
 
     def _check_modules(self) -> None:
-        """Look again at stages that changed since they were looked at."""
+        """Look again at stages that changed since they were looked at, and forget their operators.
+
+        Once in each call: what code computes tells of a change wherever it was made, of data, a
+        buffer of the loss, a closure, an attribute or a hook of the model.
+        """
         for link in self.links:
             link.stage.check_module()
-        if not all(seen.holds(link.stage) for seen, link in zip(self._seen, self.links)):
-            self._look()
+        identities = self._identities()
+        if not all(map(Identity.same, self._known, identities)):
+            self._look(identities)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the operators, whose graphs stay in their process."""
+        return vars(self) | {"_operators": [{} for _ in self.links]}
+
+    def _asked(self, number: int, hand_back: bool = True, **more: Any) -> Asked:
+        """What is asked of a link, with the operators that are kept of it."""
+        return Asked(hand_back, progress=self.progress, operators=self._operators[number], **more)
 
     # --- the walk back ----------------------------------------------------------------------
 
@@ -202,9 +220,9 @@ class Chain(OwnState):
         require_agreement(self.links, self.names, cotangent=cotangent, stage=stage)
         cotangent = _checked(cotangent, self._last())
         for number in range(len(self.links) - 1, stage + 1, -1):
-            pulled = self.links[number].pull_back(cotangent, Asked(progress=self.progress))
+            pulled = self.links[number].pull_back(cotangent, self._asked(number))
             cotangent = self._handed_to(number - 1, pulled.handed)
-        return self.links[stage + 1].pull_back(cotangent, Asked(progress=self.progress)).handed
+        return self.links[stage + 1].pull_back(cotangent, self._asked(stage + 1)).handed
 
     def _handed_to(self, number: int, handed: Tensor) -> Tensor:
         return self._hand_overs[number].pull_back(handed, self.links[number].vector())
@@ -330,7 +348,7 @@ class Chain(OwnState):
         for number in range(len(self.links) - 1, -1, -1):
             link, kept = self.links[number], call.kept
             walk = None if kept is None else kept.walk(number)
-            asked = Asked(number > 0, call.scored.get(number), self.progress, walk)
+            asked = self._asked(number, number > 0, of=call.scored.get(number), keep=walk)
             pulled = (
                 link.pull_back(cotangent(), asked)
                 if kept is None
@@ -399,7 +417,7 @@ class Chain(OwnState):
         require_agreement(self.links, self.names, indices=indices, at_once=at_once)
         every = range(stage.size) if indices is None else indices
         wanted = indices_of("indices", every, stage.size)
-        values, reports = _of_themselves(link, wanted, at_once, self.progress)
+        values, reports = _of_themselves(link, wanted, at_once, self._asked(0, False))
         weights = stage.weights[wanted] if stage.weighted else None
         norms = dict(self.gradient_norms)
         return Scores(values, stage.size, tuple(reports), norms, False, weights)
@@ -422,7 +440,7 @@ def _checked(cotangent: Tensor, last: Stage) -> Tensor:
 
 
 def _of_themselves(
-    link: Link, wanted: Tensor, at_once: int, progress: bool
+    link: Link, wanted: Tensor, at_once: int, asked: Asked
 ) -> tuple[Tensor, list[SolveReport]]:
     """−∇ℓ_iᵀ u_i of some examples, u_i by the link from ∇ℓ_i, and the reports of the solves."""
     stage = link.stage
@@ -434,13 +452,13 @@ def _of_themselves(
         name += f", {walks} walks back through {len(link.path)} steps"
     bar = tqdm(
         range(0, len(wanted), at_once), desc=name, unit=" blocks",
-        disable=not progress, delay=0 if isinstance(link, Unrolled) else 1, leave=False,
+        disable=not asked.progress, delay=0 if isinstance(link, Unrolled) else 1, leave=False,
     )  # fmt: skip
     for start in bar:
         some = wanted[start : start + at_once]
         part = stage.section(some.tolist())
         gradients = part.reader.gather(part.per_example_gradients(theta), theta[None][:0]).T
-        pulled = link.pull_back(gradients, Asked(False, progress=progress))
+        pulled = link.pull_back(gradients, asked)
         reports += pulled.reports
         own = (
             -(gradients * pulled.u).sum(0)

@@ -36,7 +36,6 @@ from msif_lib.support.arguments import check_each, check_limits, not_negative, p
 from msif_lib.support.identity import Identity
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
-from msif_lib.support.seen import Seen
 from msif_lib.support.state import OwnState
 
 #: Curvatures that a solve may use, by name. The cross term J_cx is exact with each.
@@ -107,12 +106,24 @@ class Asked:
         Show bars for what takes more than a second.
     keep
         Where a long walk is kept, to go on from there.
+    operators
+        The link's operators by name, kept from one call to the next by who sees to it that the
+        stage is the same. None: they are made anew.
     """
 
     hand_back: bool = True
     of: Stage | None = None
     progress: bool = False
     keep: Keep | None = None
+    operators: dict[str, LinearOperator] | None = None
+
+    def operator(self, link: Link, name: str) -> LinearOperator:
+        """The operator that is this attribute of the link."""
+        if self.operators is None:
+            return getattr(link, name)
+        if name not in self.operators:
+            self.operators[name] = getattr(link, name)
+        return self.operators[name]
 
 
 @dataclass(frozen=True)
@@ -216,22 +227,15 @@ class _Curved(Link):
                 f"curvature must be one of {sorted(CURVATURES)}, not {self.curvature!r}"
             )
 
-    def _made(self, name: str, make: Callable[[], LinearOperator]) -> LinearOperator:
-        """An operator, made once as long as the stage stays what it is."""
-        known = self.__dict__.setdefault("_operators", {})
-        if name not in known or not known[name][0].holds(self.stage):
-            known[name] = Seen(self.stage), make()
-        return known[name][1]
-
     @property
     def operator(self) -> LinearOperator:
         """H, the curvature of what is trained."""
-        return self._made("H", lambda: CURVATURES[self.curvature](self.stage, self.block))
+        return CURVATURES[self.curvature](self.stage, self.block)
 
     @property
     def cross(self) -> LinearOperator:
         """J_cx, of what is shared and stays as handed (rows) and what is trained."""
-        return self._made("J_cx", lambda: CrossHessian(self.stage, self.held, self.block))
+        return CrossHessian(self.stage, self.held, self.block)
 
     def _on_block(self, cotangent: Tensor) -> Tensor:
         """The entries of what is trained, ``(p_block, k)``."""
@@ -245,16 +249,13 @@ class _Curved(Link):
         """λ_c − J_cx u on what stays as handed, zero on other shared parameters, ``(p_W, k)``."""
         if not (self.held and asked.hand_back):
             return torch.zeros_like(self.stage.split(cotangent)[0])
-        of_c = self.stage.parameters.take(cotangent, self.held) - self.cross @ u
+        cross = asked.operator(self, "cross")
+        of_c = self.stage.parameters.take(cotangent, self.held) - cross @ u
         return self.stage.split(self.stage.parameters.put(of_c, self.held))[0]
 
     def _on_shared(self, rows: Tensor) -> Tensor:
         """Of entries of what is trained those that are shared, zero on the others, ``(p_W, k)``."""
         return self.stage.split(self._whole(rows))[0]
-
-    def __getstate__(self) -> dict[str, object]:
-        """Without the operators, whose graphs stay in their process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_operators"}
 
 
 class _Stationary(_Curved):
@@ -273,7 +274,8 @@ class _Stationary(_Curved):
 
     def _solve(self, cotangent: Tensor, asked: Asked) -> tuple[Tensor, tuple[SolveReport, ...]]:
         right = self._on_block(cotangent)
-        solution = self.solver.solve(self.operator, right, progress=asked.progress)
+        operator = asked.operator(self, "operator")
+        solution = self.solver.solve(operator, right, progress=asked.progress)
         return solution.x, (solution.report,)
 
 
@@ -395,8 +397,7 @@ class Proximal(_Stationary):
     @property
     def operator(self) -> LinearOperator:
         """K = H + 2α on W."""
-        curvature = CURVATURES[self.curvature]
-        return self._made("K", lambda: AddDiagonal(curvature(self.stage, self.block), self.pull))
+        return AddDiagonal(super().operator, self.pull)
 
     def slope(self, given: Tensor | None) -> Tensor:
         """∇(α‖W − c‖² + J) over what is trained."""
@@ -498,7 +499,7 @@ class Stopped(_Curved):
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """u = φ(H) λ; handed back is e^(−τH⁺) λ on W."""
-        tau, scaled = self.time, self._scaled()
+        tau, scaled = self.time, self._scaled(asked.operator(self, "operator"))
 
         def phi(sigma: Tensor) -> Tensor:
             positive = sigma > 0
@@ -522,13 +523,13 @@ class Stopped(_Curved):
         handed = self._on_shared(left / root) + self._of_held(cotangent, u, asked)
         return PulledBack(handed, self._whole(u), None, (report,))
 
-    def _scaled(self) -> Scaled:
+    def _scaled(self, operator: LinearOperator) -> Scaled:
         """H̃ = P^½ H P^½ + δI of what is trained."""
         ones = torch.ones_like(self.stage.vector())
         scale = ones if self.scale is None else self.scale.to(ones)
         decay = torch.as_tensor(self.decay, dtype=ones.dtype, device=ones.device)
         return Scaled(
-            self.operator,
+            operator,
             self._on_block(scale).sqrt(),
             self._on_block(ones * decay),
         )

@@ -21,7 +21,8 @@ from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
 from msif_lib.influence import StationarityWarning
 from msif_lib.links import Frozen, Optimum, Stopped
 from msif_lib.solvers import Dense, MinRes
-from msif_lib.support.fingerprint import fingerprint
+from msif_lib.support.fingerprint import fingerprint, words_of
+from msif_lib.support.identity import Identity
 from msif_lib.training import train
 
 pytestmark = pytest.mark.numeric
@@ -90,6 +91,79 @@ def test_a_buffer_and_the_point_are_part_of_it():
     assert not kept.same(stage.identity(vector + 1e-15))
     stage.embedding.scale.mul_(1 + 1e-15)
     assert not kept.same(stage.identity())
+
+
+@pytest.mark.parametrize("part", ["loss", "regularizer"])
+def test_a_derivative_is_part_of_it(part):
+    """Of two codes with equal values, one of which loses a part of the gradient."""
+
+    def regularizer(named: dict[str, Tensor]) -> Tensor:
+        return named["head.bias"].square().sum()
+
+    made = {"loss": cross_entropy, "regularizer": regularizer}
+    whole = made[part]
+    broken = made | {part: lambda *a: 0.5 * whole(*a) + 0.5 * whole(*a).detach()}
+    kept = stage_of(**broken).identity()
+    assert kept.same(stage_of(**broken).identity())
+    assert not kept.same(stage_of(**made).identity())
+
+
+def test_scores_of_a_fault_that_was_mended_are_not_given_back(tmp_path):
+    stage = stage_of()
+    hook = stage.embedding.register_forward_hook(lambda module, inputs, out: out.detach())
+    broken = Chain([Optimum(stage, Dense(damping=1.0))], 1e9, progress=False)
+    broken.scores(examples(), out=tmp_path / "out")
+    hook.remove()
+    for chain in (broken, Chain([Optimum(stage, Dense(damping=1.0))], 1e9, progress=False)):
+        with pytest.raises(ValueError, match="belongs to another problem"):
+            chain.scores(examples(), out=tmp_path / "out")
+
+
+def test_each_point_is_compared_on_its_own_scale():
+    """No large losses beside the parameters hide that those at them are another model's."""
+    g = torch.Generator().manual_seed(4)
+    losses = torch.rand(2, N, generator=g) * torch.tensor([[1.0], [3e3]])
+    for row, share in ((0, 0.02), (1, 1e-4)):
+        other = losses.clone()
+        other[row, 7] *= 1 + share
+        assert not Identity("", [losses]).same(Identity("", [other]))
+    near = losses * (1 + 4 * torch.finfo(torch.float32).eps)
+    assert Identity("", [losses]).same(Identity("", [near]))
+
+
+def test_the_last_digits_of_small_losses_are_rounding():
+    """Of a model that fits its examples, whose losses are differences of large outputs."""
+    torch.manual_seed(5)
+    x = torch.randn(60, 4)
+    stages = []
+    for batch_size in (60, 7):
+        embedding, head = nn.Linear(4, 8), nn.Linear(8, 3)
+        with torch.no_grad():
+            for k, parameter in enumerate([*embedding.parameters(), *head.parameters()]):
+                parameter.copy_(
+                    torch.linspace(-1, 1 + k, parameter.numel()).view_as(parameter).sin()
+                )
+            x_of = x + 0
+            head.bias.zero_()
+        data = x_of, head(embedding(x_of)).argmax(1)
+        with torch.no_grad():
+            head.weight.mul_(40)
+        stages.append(
+            Stage(embedding, head, cross_entropy, data, batch_size=batch_size, check=False)
+        )
+    assert stages[0].example_losses().median() < 1e-3
+    assert stages[0].identity().same(stages[1].identity())
+
+
+@pytest.mark.parametrize("address", ["0x7f3a5c0d", "0x000001F2B3C4D5E0"])
+def test_no_address_is_part_of_it(address):
+    """As Linux and as Windows write it."""
+
+    class Named(nn.Module):
+        def extra_repr(self) -> str:
+            return f"<function f at {address}>"
+
+    assert words_of(Named()) == "Named(<function f>)"
 
 
 def test_batches_and_padding_are_no_part_of_it():
@@ -226,44 +300,140 @@ def write_buffer(stage: Stage) -> None:
     stage.embedding.scale.fill_(2.0)
 
 
+def write_loss_buffer(stage: Stage) -> None:
+    stage.loss.weight[0] = 4.0
+
+
+def change_loss_attribute(stage: Stage) -> None:
+    stage.loss.factor = 2.0
+
+
+def change_attribute(stage: Stage) -> None:
+    stage.embedding.temperature = 3.0
+
+
+def change_closure(stage: Stage) -> None:
+    stage.regularizer.__closure__[0].cell_contents.fill_(3.0)
+
+
+def write_unseen(stage: Stage) -> None:
+    stage.data[0].data.mul_(1.5)
+
+
+def write_through_numpy(stage: Stage) -> None:
+    stage.data[1].numpy()[:9] = 2
+
+
+def add_a_hook(stage: Stage) -> None:
+    stage.embedding.register_forward_hook(lambda module, inputs, outputs: outputs * 1.5)
+
+
+def pass_less_back(stage: Stage) -> None:
+    """All values stay."""
+    stage.embedding.linear.register_forward_hook(
+        lambda module, inputs, outputs: 0.5 * outputs + 0.5 * outputs.detach()
+    )
+
+
 CHANGES = [load_other, write_data, change_l2, change_loss, write_weights, write_buffer]
+#: What neither torch's counters nor the names of a stage show.
+UNCOUNTED = [
+    write_loss_buffer, change_loss_attribute, change_attribute, change_closure, write_unseen,
+    write_through_numpy, add_a_hook, pass_less_back,
+]  # fmt: skip
 
 
 class Scaled(nn.Module):
-    """A layer whose outputs depend on a buffer."""
+    """A layer whose outputs depend on a buffer and on a number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(3, 2, dtype=F64)
+        self.linear, self.temperature = nn.Linear(3, 2, dtype=F64), 1.0
         self.register_buffer("scale", torch.ones(1, dtype=F64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.linear(x) * self.scale).tanh()
+        return (self.linear(x) * self.scale * self.temperature).tanh()
+
+
+class Weighted(nn.Module):
+    """A loss with a buffer and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.0
+        self.register_buffer("weight", torch.ones(3, dtype=F64))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, targets, self.weight, reduction="none")
+        return self.factor * losses
+
+
+class Triple(torch.autograd.Function):
+    """The identity, with thrice the gradient and without forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 3 * g
+
+
+def pulled(strength: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda named: strength * named["head.weight"].square().sum()
 
 
 def movable() -> Stage:
     torch.manual_seed(2)
-    x, y = examples()
-    return Stage(Scaled(), nn.Linear(2, 3, dtype=F64), cross_entropy, (x, y), l2=0.1)
+    modules = Scaled(), nn.Linear(2, 3, dtype=F64)
+    pull = pulled(torch.ones((), dtype=F64))
+    return Stage(*modules, Weighted(), examples(), l2=0.1, regularizer=pull)
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("solver", [Dense(damping=1.0), MinRes(damping=1.0)])
-@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
+@pytest.mark.parametrize("change", CHANGES + UNCOUNTED)
+@pytest.mark.parametrize(
+    "settings", [(Dense(damping=1.0), "hessian"), (MinRes(damping=1.0), "gauss-newton")]
+)
 @pytest.mark.filterwarnings("ignore::msif_lib.influence.StationarityWarning")
-def test_a_chain_is_of_the_stage_as_it_is_now(change, solver, curvature):
+def test_a_chain_is_of_the_stage_as_it_is_now(change, settings):
     stage, test = movable(), examples()
-    chain = Chain([Optimum(stage, solver, curvature)], progress=False)
+    chain = Chain([Optimum(stage, *settings)], progress=False)
     (before,) = chain.scores(test)
     change(stage)
     (found,) = chain.scores(test)
-    (fresh,) = Chain([Optimum(stage, solver, curvature)], progress=False).scores(test)
+    (fresh,) = Chain([Optimum(stage, *settings)], progress=False).scores(test)
     assert not torch.allclose(found.values, before.values, rtol=1e-3)
     check(found.values, fresh.values, 1e-9)
     assert found.gradient_norms == fresh.gradient_norms != before.gradient_norms
 
 
-@pytest.mark.parametrize("change", CHANGES[1:])
+def test_a_chain_keeps_the_operators_of_a_stage_that_stays(monkeypatch):
+    chain = Chain([Optimum(movable(), Dense(damping=1.0))], 1e9, progress=False)
+    (whole,) = chain.scores(examples())
+    monkeypatch.setattr(Hessian, "_product", None)
+    assert torch.equal(chain.scores(examples())[0].values, whole.values)
+    assert not copy.deepcopy(chain)._operators[0], "graphs stay in their process"
+
+
+def test_a_stage_says_what_it_can_do_with_the_loss_that_it_has():
+    """The derivative of a clamp of one's own has no forward mode."""
+    stage = movable()
+    few = stage.with_weights(stage.weights)
+    v = torch.randn(stage.parameters.size, 1, dtype=F64)
+    assert stage.can.forward_mode
+    stage.loss = lambda o, t: Triple.apply(cross_entropy(o, t))
+    tripled, plain = (torch.cat([*one.directional_derivatives(v)]) for one in (stage, few))
+    check(tripled, 3 * plain, 1e-12)
+    assert not stage.can.forward_mode and few.can.forward_mode
+
+
+def test_the_data_of_a_stage_are_read_only():
+    with pytest.raises(AttributeError, match="data"):
+        stage_of().data = examples()
+
+
+@pytest.mark.parametrize("change", [*CHANGES[1:], write_loss_buffer])
 @pytest.mark.parametrize("made", [Hessian, GaussNewton, CrossHessian])
 def test_an_operator_refuses_a_stage_that_changed(change, made):
     stage = movable()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import nbformat
 
-_ENDING = ".new"  # of a file on its way to its place
+from msif_lib.support.atomic import replacing
 
 
 def put(path: Path, text: str) -> None:
@@ -25,23 +23,8 @@ def put(path: Path, text: str) -> None:
         What it holds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(_ENDING, f".{path.name}-", path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(handle)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def clear(folder: Path) -> None:
-    """Take away what a process that was killed left on its way into a folder."""
-    for path in folder.glob(f".*{_ENDING}"):
-        path.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def sum_of(path: Path) -> str | None:

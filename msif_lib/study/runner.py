@@ -54,9 +54,10 @@ import nbformat
 import yaml
 from filelock import FileLock, Timeout
 
-from msif_lib.study.copies import clear, put, read_known, sealed, sum_of
+from msif_lib.study.copies import put, read_known, sealed, sum_of
 from msif_lib.study.imports import code_of, files_beside, imported_files
 from msif_lib.study.parameters import Parameter, declared, type_fault, unknown_fault
+from msif_lib.support.atomic import clear
 from msif_lib.support.lifeline import Children, command
 
 ROOT = Path(__file__).resolve().parents[2]

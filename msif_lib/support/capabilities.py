@@ -38,10 +38,15 @@ class Capabilities:
         Gives the first so many examples, on the device.
     size
         Number of examples.
+
+    Attributes
+    ----------
+    loss
+        The loss that the model had; of another nothing is known.
     """
 
     def __init__(self, model: Model, first: Callable[[int], Batch], size: int) -> None:
-        self._model, self._first, self._size = model, first, size
+        self._model, self._first, self._size, self.loss = model, first, size, model.loss
         self._losses, self._vector = model.losses_at, model.vector
 
     @cached_property

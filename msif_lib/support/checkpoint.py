@@ -2,8 +2,7 @@
 
 A record is one file: what `torch.save` writes, followed by its SHA-256, since `torch.load` does
 not notice a damaged tensor; the name is part of the digest, so that no record is taken for another.
-It is written under a temporary name of its own, brought to the disk and
-then moved into place, so that it is there whole or not at all, whatever kills the process. Reading
+It is written by :mod:`msif_lib.support.atomic`, so that it is there whole or not at all. Reading
 verifies the digest first; nothing else than tensors and plain values is ever unpickled.
 """
 
@@ -13,9 +12,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import os
-import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +20,12 @@ from typing import Any, BinaryIO
 import filelock
 import torch
 
+from msif_lib.support.atomic import clear, replacing
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
 
 _DIGEST = 32  # bytes of a SHA-256
-# How the name of a file ends while it is written.
-_UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part$")
 
 
 class Checkpoint:
@@ -42,6 +37,8 @@ class Checkpoint:
         Where the files are; made if need be. None: nothing is kept and nothing is found.
     argument
         What messages call it.
+    make
+        False: the folder is another process's to make, lock and write to.
 
     Raises
     ------
@@ -49,10 +46,13 @@ class Checkpoint:
         There is a file where the folder should be, or the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path | None, argument: str = "checkpoint") -> None:
+    def __init__(
+        self, folder: str | Path | None, argument: str = "checkpoint", make: bool = True
+    ) -> None:
         self.folder = None if folder is None else Path(folder)
         self._argument, self._held = argument, 0
-        if self.folder is None:
+        self._read_only: ValueError | None = None
+        if self.folder is None or not make:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +66,16 @@ class Checkpoint:
         self._lock = filelock.FileLock(self.folder / ".lock")
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, to_read: bool = False) -> Iterator[None]:
         """Keep other processes out of the folder, after waiting for one that is in it.
 
         Within one call it may be entered again.
+
+        Parameters
+        ----------
+        to_read
+            Where nothing can be written, and there are records, they can be read all the same;
+            writing is then refused by :meth:`require_writable`.
 
         Raises
         ------
@@ -84,13 +90,19 @@ class Checkpoint:
         if self.folder is None or self._held:
             yield
             return
-        self._acquire(self.folder)
+        try:
+            self._acquire(self.folder)
+        except ValueError as error:
+            if not (to_read and self.names("*")):
+                raise
+            # What is read is known by its checksum, so that it needs no lock.
+            self._read_only = error
+        if self._read_only is not None:
+            yield
+            return
         self._held = 1
         try:
-            with contextlib.suppress(OSError):
-                for left in self.folder.iterdir():  # by a process that was killed
-                    if _UNFINISHED.search(left.name):
-                        left.unlink()
+            clear(self.folder)
             yield
         finally:
             self._held = 0
@@ -112,6 +124,17 @@ class Checkpoint:
                 f"{self._argument}: nothing can be written in the folder {folder} "
                 f"({error.strerror}); give another, or the right to write there"
             ) from error
+
+    def require_writable(self) -> None:
+        """Refuse where the folder was entered only to read in it, for nothing can be written.
+
+        Raises
+        ------
+        ValueError
+            It was.
+        """
+        if self._read_only is not None:
+            raise self._read_only
 
     # --- records -----------------------------------------------------------------------------
 
@@ -164,6 +187,7 @@ class Checkpoint:
         """
         if self.folder is None:
             return
+        self.require_writable()
         buffer = io.BytesIO()
         torch.save(values, buffer)
         content = buffer.getbuffer()
@@ -178,19 +202,9 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def replacing(self, path: Path) -> Iterator[BinaryIO]:
-        """A file to be written, which takes the place of `path` once it is on the disk."""
-        new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-        try:
-            with self.explained(path):
-                with new.open("xb") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(new, path)
-                _onto_disk(path.parent)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+        """A file to be written in the folder, which takes the place of `path` once it is done."""
+        with self.explained(path), replacing(path, self.folder) as file:
+            yield file
 
     @contextlib.contextmanager
     def explained(self, path: Path) -> Iterator[None]:
@@ -257,13 +271,3 @@ def _digest(name: str, content: bytes | memoryview) -> bytes:
     sha = hashlib.sha256(name.encode() + b"\0")
     sha.update(content)
     return sha.digest()
-
-
-def _onto_disk(folder: Path) -> None:
-    """The names in a folder brought to the disk, where the system can do that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -67,7 +67,7 @@ def bytes_of(values: Tensor) -> np.ndarray:
 
 def words_of(module: object) -> str:
     """A module in words, without addresses in memory, which are of one session."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(module))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(module))
 
 
 def _flatten(part: object) -> Iterator[object]:

@@ -2,20 +2,22 @@
 
 Parameters, buffers, data, weights and settings have digests: two problems that differ in one bit
 of them are two. Code has no digest that survives a session, so what it computes stands for it: the
-losses of all examples, the regularizer, what is handed on. Of these the last bits vary with the
-alignment of the data in memory, the batches and the number of threads; they are kept as numbers and
-compared within rounding.
+losses of all examples, the regularizer, derivatives of both, what is handed on. Of these the last
+bits vary with the alignment of the data in memory, the batches and the number of threads; they are
+kept as numbers and compared within rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from msif_lib.support.chance import Generators
-from msif_lib.support.data import Examples
+from msif_lib.support.data import Batch, Examples
+from msif_lib.support.differences import units
 from msif_lib.support.fingerprint import fingerprint, words_of
 from msif_lib.support.model import Model
 from msif_lib.support.reader import Reader
@@ -23,7 +25,13 @@ from msif_lib.support.reader import Reader
 # How far values may lie apart that count as the same but for rounding, relative to their scale.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 _LOW_PRECISION = 5e-2
-# A point beside the parameters is this far away, relative to random numbers of size 1.
+# And in last digits of what the same example has at the other point: a small loss may be the
+# difference of large outputs.
+_LAST_DIGITS = 8
+# Derivatives jump where a kink lies within rounding: they are kept, and so compared, in fewer
+# digits.
+_FEWER_DIGITS = {torch.float64: torch.float32}
+# How far from the parameters the point beside them is, relative to their size.
 _BESIDE = 0.1
 # Examples that processes compare of data on disk.
 _KNOWN_BY = 16
@@ -75,33 +83,39 @@ class Identity:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether values ``(r, n)`` are the same but for rounding, each column on a scale of its own.
+    """Whether values ``(r, n)`` are the same but for rounding, each row on a scale of its own.
 
-    The scale is the column's largest value and the median of these: no large loss of one example
-    hides the change of another's.
+    The scale is a value's own size and the median of its row: no large loss of one example hides
+    the change of another's, and none at one point a change at the other.
     """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.numel():
         return True
-    share = _ROUNDING.get(a.dtype, _LOW_PRECISION)
+    share, digits = _ROUNDING.get(a.dtype, _LOW_PRECISION), _LAST_DIGITS * torch.finfo(a.dtype).eps
     finite = a.isfinite()
     if not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
         return False
     a, b = (torch.where(finite, one.double(), 0.0) for one in (a, b))
-    sizes = a.abs().amax(0)
-    usual = sizes[sizes > 0].median() if sizes.any() else 0.0
-    return bool(((a - b).abs() <= share * (sizes + usual)).all())
+    sizes = a.abs()
+    sizes += torch.where(sizes > 0, sizes, torch.nan).nanmedian(1, keepdim=True).values.nan_to_num()
+    return bool(((a - b).abs() <= share * sizes + digits * sizes.amax(0)).all())
 
 
 def identity_of(
-    model: Model, theta: Tensor, reader: Reader, batch_size: int, weights: Tensor
+    model: Model,
+    theta: Tensor,
+    reader: Reader,
+    batch_size: int,
+    weights: Tensor,
+    lasting: bool = True,
 ) -> Identity:
     """What a stage is known by: everything that results depend on. Its data are read once.
 
     Exactly by parameters and buffers, modules in words, settings, weights and a digest of each
     example; within rounding by the losses of all examples and the regularizer's value, at the
-    parameters and at a point beside them, where no other loss or model has the same.
+    parameters and at a point beside them, where no other loss or model has the same, and there by a
+    derivative of both.
 
     Parameters
     ----------
@@ -111,20 +125,81 @@ def identity_of(
         Its parameters ``(p,)``.
     batch_size
         Examples evaluated at once.
+    lasting
+        False: for as long as the process lasts. The losses beside the parameters stand for the
+        data, which have no digest then.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(len(theta), generator=generator, dtype=torch.float64, device="cpu")
-    points = [model.parameters.views(at) for at in (theta, theta + _BESIDE * noise.to(theta))]
-    digests, losses = [], []
-    with torch.no_grad(), Generators(model.model, model.loss).kept():
-        penalties = torch.stack([model.penalty(parts) for parts in points])
+    beside = _beside(model, theta)
+    digests = []
+
+    def batches() -> Iterator[Batch]:
         for batch, known in reader.digested(batch_size):
             digests.append(known)
-            losses.append(torch.stack([model.batch_losses(parts, *batch) for parts in points], 1))
+            yield batch
+
+    described = _described(model, theta)
+    with Generators(model.model, model.loss).kept():
+        if not lasting:
+            found = _computed(model, [beside], reader, reader.batches(batch_size))
+            return Identity(fingerprint(described, weights), found)
+        found = _computed(model, [theta, beside], reader, batches())
         examples = reader.gather(digests, torch.zeros(0, 2, dtype=torch.int64, device=theta.device))
-        found = reader.gather(losses, penalties.new_zeros(0, 2))
-    exact = fingerprint(_described(model, theta), weights, examples)
-    return Identity(exact, [found.T.cpu(), penalties[:, None].cpu()])
+    return Identity(fingerprint(described, weights, examples), found)
+
+
+def _beside(model: Model, theta: Tensor) -> Tensor:
+    """A point near the parameters ``(p,)``, in units of each, the same in every session."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(len(theta), generator=generator, dtype=torch.float64, device="cpu")
+    parts = model.parameters.views(theta)
+    sizes = [(part.abs() + unit).reshape(-1) for unit, part in zip(units(parts), parts)]
+    return theta + _BESIDE * noise.to(theta) * torch.cat(sizes)
+
+
+def _computed(
+    model: Model, points: list[Tensor], reader: Reader, batches: Iterable[Batch]
+) -> list[Tensor]:
+    """What code computes at some points ``(p,)``, and its derivatives at the last of them.
+
+    Returns
+    -------
+    list of Tensor
+        The losses ``(r, N)`` and the penalty ``(r, 1)`` at r points; of the losses' sum, each times
+        a random number, and of the penalty the derivative by each parameter ``(2, K)``, in one
+        random direction.
+    """
+    generator = torch.Generator("cpu").manual_seed(1)
+    size, last = len(reader.examples), points[-1].detach().clone().requires_grad_()
+    chance = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
+    direction = torch.randn(len(last), generator=generator, dtype=torch.float64, device="cpu")
+    chance, direction = chance[torch.as_tensor(reader.share)].to(last), direction.to(last)
+
+    def slopes(value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return found.new_zeros(len(model.names))
+        (gradient,) = torch.autograd.grad(value, last, allow_unused=True, materialize_grads=True)
+        parts = model.parameters.views(gradient * direction)
+        return torch.stack([part.sum(dtype=torch.float64) for part in parts])
+
+    def at_each(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.no_grad():
+            others = [function(point) for point in points[:-1]]
+        with torch.enable_grad():
+            return torch.stack([*others, function(last)])
+
+    losses, start = [], 0
+    found = torch.zeros(2, len(model.names), dtype=torch.float64, device=last.device)
+    for batch in batches:
+        here = at_each(lambda point, batch=batch: model.losses_at(point, *batch))
+        found[0] += slopes(chance[start : start + here.shape[1]] @ here[-1])
+        losses.append(here.detach().T)
+        start += here.shape[1]
+    found[0] = reader.all_reduce(found[0])
+    penalties = at_each(lambda point: model.penalty(model.parameters.views(point)))
+    found[1] = slopes(penalties[-1])
+    kept = found.to(_FEWER_DIGITS.get(last.dtype, torch.bfloat16))
+    losses_of_all = reader.gather(losses, penalties.detach().new_zeros(0, len(points)))
+    return [losses_of_all.T.cpu(), penalties.detach()[:, None].cpu(), kept.cpu()]
 
 
 def _described(model: Model, theta: Tensor) -> list[object]:

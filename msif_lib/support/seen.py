@@ -1,4 +1,4 @@
-"""Whether a stage still is what it was when something of it was kept."""
+"""Whether a stage still is what it was when an operator was made of it."""
 
 from __future__ import annotations
 
@@ -18,43 +18,26 @@ class Stage(Protocol):
     loss: Callable[[Any, Any], Tensor]
     l2: float
     regularizer: Callable[[dict[str, Tensor]], Tensor] | None
-    trained: tuple[int, ...]
     examples: Examples
     weights: Tensor
 
-    def vector(self) -> Tensor:
-        """All parameters ``(p,)``, a copy."""
-        ...
-
 
 class Seen:
-    """What the derivatives of a stage depended on when it was looked at.
+    """What the derivatives of a stage depended on, beside its parameters, when it was looked at.
 
-    Parameters and buffers are compared by value, data and weights by torch's counters of changes,
-    which see whatever torch has written into them, and functions by which they are.
+    For little, as each product asks: buffers are compared by value, data and weights by torch's
+    counters of changes, functions by which they are. A whole call of a chain is worth more: there
+    what code computes is compared (:func:`msif_lib.support.identity.identity_of`).
 
     Parameters
     ----------
     stage
         The stage.
-    parameters
-        Whether its parameters are part of it.
     """
 
-    def __init__(self, stage: Stage, parameters: bool = True) -> None:
-        self._parameters = parameters
-        self._values = [value.clone() for value in self._values_of(stage)]
+    def __init__(self, stage: Stage) -> None:
+        self._buffers = [buffer.clone() for buffer in _buffers_of(stage)]
         self._things, self._counts = _things_of(stage), _counts_of(stage)
-
-    def holds(self, stage: Stage) -> bool:
-        """Whether all of it is as it was."""
-        values, things = self._values_of(stage), _things_of(stage)
-        return (
-            len(values) == len(self._values)
-            and all(map(torch.equal, values, self._values))
-            and all(one is other for one, other in zip(things, self._things, strict=True))
-            and _counts_of(stage) == self._counts
-        )
 
     def require(self, stage: Stage, name: str) -> None:
         """Refuse a stage that changed since `name` was made of it.
@@ -64,15 +47,22 @@ class Seen:
         ValueError
             It did.
         """
-        if not self.holds(stage):
+        buffers, things = _buffers_of(stage), _things_of(stage)
+        if not (
+            len(buffers) == len(self._buffers)
+            and all(map(torch.equal, buffers, self._buffers))
+            and all(one is other for one, other in zip(things, self._things, strict=True))
+            and _counts_of(stage) == self._counts
+        ):
             raise ValueError(
                 f"the stage's data, weights, buffers, loss, l2 or regularizer changed since {name} "
                 "was made of it, which would mix the two; make it again"
             )
 
-    def _values_of(self, stage: Stage) -> list[Tensor]:
-        buffers = [buffer.detach() for buffer in stage.model.buffers()]
-        return [stage.vector(), *buffers] if self._parameters else buffers
+
+def _buffers_of(stage: Stage) -> list[Tensor]:
+    modules = (one for one in (stage.model, stage.loss) if isinstance(one, nn.Module))
+    return [buffer.detach() for module in modules for buffer in module.buffers()]
 
 
 def _data_of(stage: Stage) -> list[Tensor]:
@@ -85,5 +75,4 @@ def _things_of(stage: Stage) -> list[object]:
 
 
 def _counts_of(stage: Stage) -> list[object]:
-    counts = [None if one.is_inference() else one._version for one in _data_of(stage)]
-    return [stage.l2, stage.trained, *counts]
+    return [stage.l2, *(None if one.is_inference() else one._version for one in _data_of(stage))]
