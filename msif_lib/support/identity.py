@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,16 +182,16 @@ def _computed(
         parts = model.parameters.views(gradient * direction)
         return torch.stack([part.sum(dtype=torch.float64) for part in parts])
 
-    def at_each(function: Callable[[Tensor], Tensor]) -> Tensor:
+    def at_each(function: Callable[..., Tensor], *given: Any) -> Tensor:
         with torch.no_grad():
-            others = [function(point) for point in points[:-1]]
+            others = [function(point, *given) for point in points[:-1]]
         with torch.enable_grad():
-            return torch.stack([*others, function(last)])
+            return torch.stack([*others, function(last, *given)])
 
     losses, start = [], 0
     found = torch.zeros(2, len(model.names), dtype=torch.float64, device=last.device)
     for batch in batches:
-        here = at_each(lambda point, batch=batch: model.losses_at(point, *batch))
+        here = at_each(model.losses_at, *batch)
         found[0] += slopes(chance[start : start + here.shape[1]] @ here[-1])
         losses.append(here.detach().T)
         start += here.shape[1]
