@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +39,8 @@ class HandOver:
         nothing shared at all; stages of different dtype or device; nothing handed on is trained.
     DerivativeError
         No gradient of the second stage's losses reaches what it takes.
+    TypeError
+        `hands_on` returns something else than tensors by name.
     """
 
     def __init__(self, before: Stage, after: Stage, names: tuple[str, str]) -> None:
@@ -79,7 +81,19 @@ class HandOver:
         if not self.before.hands_on:
             return named
         # Copies: what merges in place would change the vector.
-        return self.before.hands_on({name: part.clone() for name, part in named.items()})
+        given = self.before.hands_on({name: part.clone() for name, part in named.items()})
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"hands_on of {self._called[0]} must return the parameters that the next stage "
+                f"takes as a dict of tensors by name, but returned {type(given).__name__}"
+            )
+        odd = next((name for name, one in given.items() if not isinstance(one, Tensor)), None)
+        if odd is not None:
+            raise TypeError(
+                f"hands_on of {self._called[0]} must return tensors, but {odd!r} is a "
+                f"{type(given[odd]).__name__}"
+            )
+        return dict(given)
 
     def _compare(self, given: dict[str, Tensor]) -> None:
         before, after = self._called

@@ -25,7 +25,15 @@ from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
 from msif_lib.stage import Stage
 from msif_lib.support.checkpoint import Checkpoint
-from msif_lib.support.data import Batch, Nested, concatenate, count_of, map_leaves
+from msif_lib.support.data import (
+    Batch,
+    Nested,
+    concatenate,
+    count_of,
+    leaves,
+    map_leaves,
+    rebuilt,
+)
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.minimise import (
     AbsoluteInverse,
@@ -249,7 +257,7 @@ def for_each_model(function: Callable[..., Any], *arguments: Nested) -> Any:
     model itself is said by that.
     """
     try:
-        return vmap(function)(*arguments)
+        return vmap(lambda tensors: function(*rebuilt(arguments, tensors)))(leaves(arguments))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:

@@ -128,6 +128,38 @@ def test_loaders_whose_order_is_their_own():
     refused("list as its sampler; pass a torch.utils.data.Subset", data=loader)
 
 
+def signs(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Targets of ±1 and two outputs."""
+    return nn.functional.softplus(-targets * (outputs[:, 0] - outputs[:, 1]))
+
+
+def ordinal(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Stars from 1 to 3, each output for one more."""
+    more = (targets[:, None] > torch.arange(3)).to(F64)
+    return nn.functional.binary_cross_entropy_with_logits(outputs, more, reduction="none").sum(1)
+
+
+def ignoring(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none", ignore_index=255)
+
+
+@pytest.mark.parametrize("loss", [signs, ordinal, ignoring])
+def test_whole_targets_that_the_loss_reads_in_its_own_way_are_its_own(loss):
+    x, y = data()
+    targets = {signs: 2 * (y > 0) - 1, ordinal: y + 1, ignoring: torch.where(y > 1, 255, y)}
+    assert stage(loss=loss, data=(x, targets[loss])).gradient().isfinite().all()
+
+
+def test_targets_outside_the_classes_explain_why_a_loss_fails():
+    x, y = data()
+    y[7] = 3
+
+    def own(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    refused(r"target of example 7 is 3, outside the head's 3 classes", loss=own, data=(x, y))
+
+
 @pytest.mark.parametrize("batch_size", [5, 1024])
 @pytest.mark.parametrize("bad", [3, -1])
 def test_targets_outside_the_classes(bad, batch_size):
@@ -324,7 +356,24 @@ def test_views_of_one_buffer_are_not_shared_parameters():
     assert stage(embedding=both[0], head=both[1]).size == 12
 
 
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_a_parameter_that_is_one_number_several_times(shape):
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            small = torch.ones((*shape[:-1], 1), dtype=F64)
+            self.scale = nn.Parameter(small.expand(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] * self.scale.sum(0)
+
+    with pytest.raises(ValueError, match="scale has more entries than places in memory"):
+        Stage.of(Scaling(), cross_entropy, data())
+
+
 def test_modules_without_parameters():
+    with pytest.raises(ValueError, match="the model has no parameters at all"):
+        Stage.of(nn.Tanh(), cross_entropy, data())
     refused("embedding and head have no parameters at all", embedding=nn.Identity(),
             head=nn.Identity())  # fmt: skip
 
@@ -487,7 +536,7 @@ def test_groups_and_removals_that_have_no_meaning(mlp):
         scores.group([31])
     with pytest.raises(ValueError, match="mask of length 2 does not fit 31 scores"):
         scores.group([True, False])
-    with pytest.raises(ValueError, match="whole numbers"):
+    with pytest.raises(TypeError, match="whole numbers"):
         scores.group([0.5])
     assert scores.group([]) == 0
     with pytest.raises(ValueError, match="removing 31 of 31 training examples leaves none"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import random
-from collections import namedtuple
+from collections import UserDict, deque, namedtuple
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,6 +25,7 @@ from torch.utils.data import (
     SequentialSampler,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from msif_lib import Chain, FixedEmbeddingInfluence, SingleStageInfluence, Stage, cross_entropy
@@ -82,6 +87,77 @@ MOVING = {
     ).double(),
     "weight_norm by a hook": lambda: nn.utils.weight_norm(nn.Linear(4, 3)).double(),
 }
+
+
+class Averaging(nn.Module):
+    """Keeps an average of what it saw, past torch's counter, of large batches only or in a dict."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 3, dtype=F64), how
+        self.register_buffer("mean", torch.zeros(4, dtype=F64))
+        self.log, self.inside = [], {"mean": torch.zeros(4, dtype=F64)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = x.detach().mean(0)
+        if self.how == "data":
+            self.mean.data.mul_(0.9).add_(seen)
+        elif {"large": len(x) > 8, "positive": (x[:, 0] > 1.5).any()}.get(self.how):
+            self.mean += seen
+        elif self.how == "containers":
+            self.log.append(len(x))
+            self.inside["mean"].add_(seen)
+            self.inside["calls"] = 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "check"),  # what only some examples move is found by reading all of them
+    [("positive", True), *product(["data", "large", "containers"], [True, False])],
+)
+def test_what_is_written_at_some_evaluations_only_or_past_the_counter_stays(how, check):
+    module = Averaging(how)
+    stage = of(module, check=check)
+    stage.gradient()
+    stage.example_losses()
+    assert not module.mean.any() and not module.log
+    assert module.inside.keys() == {"mean"} and not module.inside["mean"].any()
+
+
+class Weighing(nn.Module):
+    """A loss that counts what it was called for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.log = []
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(float(self.calls))
+        return cross_entropy(outputs, targets)
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.calls, self.log = 0, []
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        self.log.append(self.calls)
+        return cross_entropy(outputs, targets)
+
+    method = __call__
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", [Weighing, Plain, "method"])
+def test_what_a_loss_holds_stays(kind, check):
+    mine = Plain() if kind == "method" else kind()
+    stage = of(Counting(), loss=mine.method if kind == "method" else mine, check=check)
+    stage.gradient()
+    stage.example_losses()
+    assert mine.calls == 0 and not mine.log
 
 
 @pytest.mark.parametrize("name", MOVING)
@@ -299,6 +375,119 @@ def test_a_loss_that_draws():
         plain(loss, data())
 
 
+RNG, GENERATOR, COUNTS = np.random.default_rng(0), torch.Generator(), {"calls": 0}
+
+
+def counted() -> float:
+    COUNTS["calls"] += 1
+    return COUNTS["calls"]
+
+
+FACTORS = {
+    "a generator of the module": lambda: RNG.standard_normal(),
+    "one of torch": lambda: float(torch.randn((), generator=GENERATOR)),
+    "the system": lambda: int.from_bytes(os.urandom(2)) / 2**16,
+    "the system by random": lambda: random.SystemRandom().random(),
+    "a new one each time": lambda: np.random.default_rng().standard_normal(),
+    "a counter": counted,
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: Callable[[], Any]) -> None:
+        super().__init__()
+        self.linear, self.factor = linear(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.factor()
+
+
+@pytest.mark.parametrize("size", [0.5, 1e-4, 1e-9])
+@pytest.mark.parametrize("name", FACTORS)
+def test_chance_and_counters_that_move_no_known_generator(name, size):
+    model = Scaled(lambda: 1 + size * FACTORS[name]())
+    with pytest.raises(ValueError, match="depends on chance"):
+        plain(cross_entropy, data(), model)
+
+
+@pytest.mark.parametrize("kept", [[0], {"calls": 0}, deque([0])], ids=lambda kept: str(type(kept)))
+def test_a_counter_in_a_list_or_dict_is_put_back_and_refused_where_losses_depend_on_it(kept):
+    class Keeping(nn.Module):
+        def __init__(self, counts: float) -> None:
+            super().__init__()
+            self.linear, self.kept, self.counts = linear(), kept, counts
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = next(iter(self.kept)) if isinstance(self.kept, dict) else 0
+            self.kept[key] += 1
+            return self.linear(x) * (1 + self.counts * self.kept[key])
+
+    before = copy.copy(kept)
+    plain(cross_entropy, data(), Keeping(0.0)).gradient()
+    assert kept == before
+    with pytest.raises(ValueError, match=r"earlier evaluations left in model \(.*call model\.eval"):
+        plain(cross_entropy, data(), Keeping(1e-3))
+    assert kept == before
+
+
+class Drawing(nn.Module):
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(x)
+
+
+def seeded(x: Tensor) -> Tensor:
+    torch.manual_seed(0)
+    return x @ torch.randn(x.shape[1], x.shape[1], dtype=x.dtype)
+
+
+def left_out(rate: float, x: Tensor) -> Tensor:
+    """Stochastic depth, as it is written."""
+    kept = torch.bernoulli(torch.full((len(x), 1), 1 - rate, dtype=x.dtype))
+    return x * kept if torch.rand(()) >= rate else 0 * x
+
+
+def there_and_back(x: Tensor) -> Tensor:
+    order = torch.randperm(len(x))
+    return x[order][order.argsort()]
+
+
+HARMLESS = {
+    "seeded": seeded,
+    "times zero": lambda x: x + 0.0 * torch.randn_like(x),
+    "a rate of zero": partial(left_out, 0.0),
+    "a layer thrown away": lambda x: x + 0.0 * nn.Linear(2, 2).weight.sum(),
+    "an order and its inverse": there_and_back,
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_draws_that_no_loss_depends_on_are_taken_and_put_back(name):
+    model = nn.Sequential(Drawing(HARMLESS[name]), linear())
+    before = states()
+    stage = plain(cross_entropy, data(), model)
+    once = stage.gradient()
+    assert states() == before
+    torch.rand(1)
+    before = states()
+    torch.testing.assert_close(stage.gradient(), once, rtol=1e-13, atol=1e-15)
+    stage.example_losses()
+    assert states() == before
+    unchecked = plain(cross_entropy, data(), model, check=False)
+    unchecked.gradient()
+    assert states() == before
+
+
+@pytest.mark.parametrize("rate", [0.02, 1e-4])
+def test_the_module_whose_draws_count_is_named_beside_one_whose_do_not(rate):
+    parts = [Drawing(HARMLESS["times zero"]), Drawing(partial(left_out, rate)), linear()]
+    with pytest.raises(ValueError, match=r"depends on chance: 1 draws random numbers"):
+        plain(cross_entropy, data(), nn.Sequential(*parts))
+
+
 class Erased(Dataset):
     """Erases an example, rarely; or seeds by its index before it does."""
 
@@ -359,6 +548,8 @@ IN_PLACE = {
     "mul_": Halved(lambda x: x.mul_(0.5)),
     "an index": Halved(by_column),
     "a view": Halved(lambda x: x.view(-1).clamp_(min=0).view_as(x)),
+    "data": Halved(lambda x: x.data.clamp_(min=0)),
+    "NumPy": Halved(lambda x: torch.from_numpy(np.maximum(x.numpy(), 0, out=x.numpy()))),
 }
 
 
@@ -690,6 +881,10 @@ def test_data_of_forms_that_cannot_be_read(name):
         plain(cross_entropy, given)
 
 
+def sparse(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch[0].to_sparse(), batch[1]
+
+
 class Sizeless:
     def __getitem__(self, i: int) -> Any:
         return row(i)
@@ -703,6 +898,14 @@ class Sizeless:
         ("data", "must be a pair .* not str"),
         ((data()[0].numpy(), data()[1]), "not ndarray; convert it by torch.as_tensor"),
         (([[1.0, 2.0]], [0]), "not float; convert it by torch.as_tensor"),
+        ((data()[0].to_sparse(), data()[1]), r"inputs are a sparse .* x\.to_dense\(\)"),
+        ((data()[0].to_sparse_csr(), data()[1]), r"inputs are a sparse .* x\.to_dense\(\)"),
+        ((data()[0], data()[0].to_sparse()), r"targets are a sparse .* x\.to_dense\(\)"),
+        (
+            DataLoader(examples(), collate_fn=lambda items: sparse(default_collate(items))),
+            r"inputs are a sparse .*to_dense",
+        ),
+        ((torch.nested.nested_tensor(list(data()[0])), data()[1]), "nested .* x.to_padded_tensor"),
         (Sizeless(), "must say by __len__ how many examples it has"),
         (Items(row, 24.0), "must say by __len__ how many examples it has"),
     ],
@@ -734,6 +937,63 @@ def test_named_tuples_stay_and_other_mappings_become_dicts():
     forms = [(pair, y), (Mapped(both=pair), y), Items(lambda i: (Pair(x[i], 0.5 * x[i]), y[i]))]
     for given in forms:
         torch.testing.assert_close(plain(cross_entropy, given, Sum()).example_losses(), want)
+
+
+class Attributes(dict):
+    """A dict that is read by attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class Encoding(UserDict):
+    """As tokenizers return: a mapping that is no dict, with what it was made by beside it."""
+
+    def __init__(self, values: dict[str, Tensor], made_by: str) -> None:
+        super().__init__(values)
+        self.made_by = made_by
+
+    def __getattr__(self, name: str) -> Any:
+        if name in vars(self).get("data", {}):
+            return self.data[name]
+        raise AttributeError(name)
+
+
+@pytest.mark.parametrize("kind", [Attributes, lambda given: Encoding(given, "here")])
+def test_mappings_stay_of_their_kind(kind):
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear()
+
+        def forward(self, inputs: Any) -> Tensor:
+            assert getattr(inputs, "made_by", "here") == "here"
+            return self.linear(inputs.left + inputs["right"])
+
+    x, y = data()
+    want = plain(cross_entropy, (1.5 * x, y))
+    given = kind({"left": x, "right": 0.5 * x})
+    stage = plain(cross_entropy, (given, y), Read())
+    torch.testing.assert_close(stage.example_losses(), want.example_losses())
+    torch.testing.assert_close(stage.gradient(), want.gradient())
+    pairs = zip(stage.per_example_gradients(), want.per_example_gradients(), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+    assert type(stage.examples.tensors()[0]) is type(given)
+
+
+class Sealed(dict):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("sealed")
+
+
+def test_a_mapping_of_which_no_copy_can_be_made_is_named():
+    x, y = data()
+    with pytest.raises(TypeError, match=r"data hold a Sealed, of which no copy .* give a dict"):
+        plain(cross_entropy, (Sealed(left=x), y))
 
 
 # --- arguments -----------------------------------------------------------------------------------

@@ -623,3 +623,20 @@ def test_running_statistics_without_weights_belong_to_the_layer_before(mapped):
                 Chain(links, stationarity_tol=float("inf"), progress=False)
         else:
             Chain(links, stationarity_tol=float("inf"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda named: list(named.values()), "must return .* a dict of tensors by name.* list"),
+        (lambda named: None, "must return .* a dict of tensors by name.* NoneType"),
+        (lambda named: dict.fromkeys(named, 1.0), "must return tensors, but 'weight' is a flo"),
+    ],
+)
+def test_a_hand_over_that_gives_no_tensors_by_name(given, message):
+    data = torch.randn(6, 3, dtype=F64), torch.arange(6) % 2
+    torch.manual_seed(0)
+    first = Stage.of(nn.Linear(3, 2, dtype=F64), cross_entropy, data, hands_on=given)
+    second = Stage.of(copy.deepcopy(first.model), cross_entropy, data, shared="weight")
+    with pytest.raises(TypeError, match="^hands_on of pretrain " + message):
+        Chain([Optimum(first), Optimum(second)], progress=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
-from msif_lib.support.data import Batch, Nested, count_of, map_leaves
+from msif_lib.support.data import Batch, Nested, count_of, leaves, map_leaves, rebuilt
 from msif_lib.support.differences import Point
 from msif_lib.support.functional import GraphNotCountable, saved_bytes
 from msif_lib.support.model import Model
@@ -56,7 +56,7 @@ class Capabilities:
         Of fused recurrent layers and of models that look at values, for instance, it does not.
         """
         try:
-            vmap(grad(self._loss_of_one), in_dims=(None, 0, 0))(self._vector(), *self._first(1))
+            self._vectorised(self._vector(), *self._first(1))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -141,6 +141,12 @@ class Capabilities:
             values, derivatives = forward_ad.unpack_dual(self._losses(dual, *batch))
             return torch.zeros_like(values) if derivatives is None else derivatives
 
+    def _vectorised(self, theta: Tensor, inputs: Nested, targets: Nested) -> Tensor:
+        def loss(theta: Tensor, tensors: list[Tensor]) -> Tensor:
+            return self._loss_of_one(theta, *rebuilt((inputs, targets), tensors))
+
+        return vmap(grad(loss), in_dims=(None, 0))(theta, leaves((inputs, targets)))
+
     def _one_by_one(self, theta: Tensor, inputs: Nested, targets: Nested) -> Tensor:
         rows = []
         for index in range(count_of(inputs)):
@@ -153,8 +159,7 @@ class Capabilities:
 
     def gradients(self, theta: Tensor, batches: Iterable[Batch], at_once: int) -> Iterator[Tensor]:
         """Yield the gradients of the losses in blocks ``(b, p)``, of at most so many examples."""
-        vectorised = vmap(grad(self._loss_of_one), in_dims=(None, 0, 0))
-        gradients = vectorised if self.batching_rules else self._one_by_one
+        gradients = self._vectorised if self.batching_rules else self._one_by_one
         for batch in batches:
             for start in range(0, count_of(batch), at_once):
                 inputs, targets = map_leaves(itemgetter(slice(start, start + at_once)), batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from msif_lib.support.arguments import not_negative, whole
-from msif_lib.support.parameters import overlapping
+from msif_lib.support.parameters import overlapping, repeats
 from msif_lib.support.substitutes import check_tables
 
 #: The class index that losses of torch leave out.
@@ -52,7 +53,7 @@ def check_parameters(named: Sequence[tuple[str, nn.Parameter]]) -> None:
 
 
 def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """No two parameters over the same memory.
+    """No two parameters, and no two entries of one, over the same memory.
 
     Raises
     ------
@@ -60,6 +61,12 @@ def check_memory(named: Sequence[tuple[str, nn.Parameter]]) -> None:
         There are; the message names them.
     """
     tensors = [parameter for _, parameter in named]
+    for name, parameter in named:
+        if repeats(parameter):
+            raise ValueError(
+                f"{name} has more entries than places in memory (expand?), so that several are one "
+                "number; make the small tensor the parameter and expand it in the forward"
+            )
     for number, other in overlapping(tensors, tensors):
         if other < number:
             raise ValueError(
@@ -125,6 +132,8 @@ def checked_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     """
     if weights is None:
         return torch.ones(size, dtype=like.dtype, device=like.device)
+    if getattr(weights, "dtype", None) in (torch.bool, np.dtype(bool)):
+        raise TypeError("weights must hold one number for each example, not truth values")
     try:
         weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -31,6 +31,9 @@ _READINGS = 500
 _BESIDE = 0.1
 # Roundings that a loss may be off, in units of what the last bits of the parameters change in it.
 _ROUNDINGS = 100
+# Roundings that may lie between two evaluations of the same, and the change of the parameters whose
+# effect they are held against where sums are taken in any order.
+_REPEATED, _APART = 64, 1e-2
 
 
 class Company:
@@ -55,7 +58,8 @@ class Company:
         noise = noise.to(theta)
         scale = theta.square().mean().sqrt() if theta.any() else 1.0
         self._points = theta, theta + _BESIDE * scale * noise
-        self._rounding = 1 + 4 * self._eps * noise.sign()
+        self._signs = noise.sign()
+        self._rounding = 1 + 4 * self._eps * self._signs
 
     def check(self, share: Sequence[int], losses: Tensor, apart: Collection[int]) -> None:
         """Look at some of the examples that were read.
@@ -83,10 +87,12 @@ class Company:
         batches = [self._read([share[number] for number in group]) for group in groups]
         alone = {number: self._read([share[number]]) for number in some[:: -(-len(some) // _ALONE)]}
         for at in self._points:
-            slack = self._slack(at, batches[0])
-            self._check_twice(at, batches[0], slack)
+            first = self._repeated(at, batches[0])
+            slack = self._slack(at, batches[0], first)
+            self._check_in_a_row(at, batches[0], slack)
             for group, batch in zip(groups, batches, strict=True):
-                found, beside = self._losses(at, batch), [share[number] for number in group]
+                found = first if batch is batches[0] else self._losses(at, batch)
+                beside = [share[number] for number in group]
                 for number, loss in zip(group, found, strict=True):
                     index, start = share[number], number - number % self._size
                     if at is self._points[0] and not self._same(loss, losses[number], slack):
@@ -143,12 +149,34 @@ class Company:
     def _losses(self, at: Tensor, batch: Batch) -> Tensor:
         return self._model.losses_at(at, *batch)
 
-    def _slack(self, at: Tensor, batch: Batch) -> float:
+    def _repeated(self, at: Tensor, batch: Batch) -> Tensor:
+        """The losses of a batch, the same twice: on a CPU bit by bit but for some roundings.
+
+        On a GPU sums are taken in any order. What that changes is held against what a change of
+        the parameters does that is larger than rounding by far: chance is as large in both.
+        """
+        losses, again = self._losses(at, batch), self._losses(at, batch)
+        if torch.equal(losses, again):
+            return losses
+        off = (losses - again).abs().nan_to_num()
+        allowed = losses.abs().nan_to_num(posinf=0.0) + losses.abs().nan_to_num(posinf=0.0).mean()
+        if at.device.type != "cpu":
+            changed = self._losses(at * (1 + _APART * self._signs), batch)
+            allowed = allowed + (changed - losses).abs().nan_to_num().max() / _APART
+        unequal = losses.isnan() != again.isnan()
+        if bool(((off > _REPEATED * self._eps * allowed) | unequal).any()):
+            raise ValueError(
+                "the model or loss depends on chance or on how often it was called: the same "
+                "examples gave different losses twice; switch its randomness off (module.eval()), "
+                "and let it count and keep nothing"
+            )
+        return losses
+
+    def _slack(self, at: Tensor, batch: Batch, losses: Tensor) -> float:
         """What a loss may be off: by their size, and by what rounding makes of them.
 
         Where a model fits its data to the last bits, rounding is as large as the losses.
         """
-        losses = self._losses(at, batch)
         rounding = (self._losses(at * self._rounding, batch) - losses).abs().nan_to_num().max()
         size = losses.abs().nan_to_num(posinf=0.0).mean()
         return float(self._eps**0.5 * size + _ROUNDINGS * rounding)
@@ -157,18 +185,14 @@ class Company:
         close = (a - b).abs() <= slack + self._eps**0.5 * b.abs()
         return bool((close | (a == b) | (a.isnan() & b.isnan())).all())
 
-    def _check_twice(self, at: Tensor, batch: Batch, slack: float) -> None:
-        """The same examples at another time, and after evaluations that move what is held."""
-        if not self._same(self._losses(at, batch), self._losses(at, batch), slack):
-            raise ValueError(
-                "the model or loss depends on chance: the same examples gave different losses "
-                "twice; switch its randomness off (module.eval())"
-            )
-        moving = self._model.moving
+    def _check_in_a_row(self, at: Tensor, batch: Batch, slack: float) -> None:
+        """The same examples after evaluations that move what is held."""
+        moving = self._model.held.moving
         if moving and not self._same(*self._model.losses_in_a_row(at, *batch), slack):
             raise ValueError(
                 f"the losses depend on what earlier evaluations left in {', '.join(moving)} (a "
-                f"buffer moved by a power iteration, say); call {moving[0]}.eval() first"
+                f"buffer moved by a power iteration, a counter); call {moving[0]}.eval() first, or "
+                "let what it keeps not count"
             )
 
     def _refuse(

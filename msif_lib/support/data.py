@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -59,10 +59,20 @@ def count_of(batch: Nested) -> int:
     return leaves(batch)[0].shape[0]
 
 
+def rows_of(tree: Nested) -> int:
+    """The same of whatever a module is given: 0 where it begins with no tensor."""
+    while not isinstance(tree, Tensor):
+        values = tree.values() if isinstance(tree, Mapping) else tree
+        if not isinstance(values, list | tuple | ValuesView) or not len(values):
+            return 0
+        tree = next(iter(values))
+    return tree.shape[0] if tree.dim() else 0
+
+
 def map_leaves(function: Callable[[Tensor], Tensor], tree: Nested) -> Nested:
     """The same nested structure with `function` applied to each tensor."""
     if isinstance(tree, Mapping):
-        return {key: map_leaves(function, value) for key, value in tree.items()}
+        return _like(tree, {key: map_leaves(function, value) for key, value in tree.items()})
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_leaves(function, value) for value in tree))
     if isinstance(tree, list | tuple):
@@ -70,16 +80,41 @@ def map_leaves(function: Callable[[Tensor], Tensor], tree: Nested) -> Nested:
     return function(tree)
 
 
+def rebuilt(tree: Nested, tensors: Sequence[Tensor]) -> Nested:
+    """The same nested structure with other tensors, in the order of its leaves.
+
+    Transforms of torch.func take lists, and no mapping of a user's own kind.
+    """
+    rest = iter(tensors)
+    return map_leaves(lambda _: next(rest), tree)
+
+
 def concatenate(trees: list[Nested]) -> Nested:
     """Join equal nested structures along the first dimension of their tensors."""
     first = trees[0]
-    if isinstance(first, dict):
-        return {key: concatenate([tree[key] for tree in trees]) for key in first}
+    if isinstance(first, Mapping):
+        return _like(first, {key: concatenate([tree[key] for tree in trees]) for key in first})
     if isinstance(first, tuple) and hasattr(first, "_fields"):
         return type(first)(*(concatenate(list(parts)) for parts in zip(*trees, strict=True)))
     if isinstance(first, list | tuple):
         return type(first)(concatenate(list(parts)) for parts in zip(*trees, strict=True))
     return torch.cat(trees)
+
+
+def _like(tree: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The values in a mapping of the same kind, which a model may read by attributes, say."""
+    if type(tree) is dict:
+        return values
+    try:
+        mapping: Any = copy.copy(tree)
+        for key, value in values.items():
+            mapping[key] = value
+    except Exception as error:
+        raise TypeError(
+            f"data hold a {type(tree).__name__}, of which no copy with other tensors can be made "
+            f"({type(error).__name__}: {error}); give a dict"
+        ) from error
+    return mapping
 
 
 @dataclass
@@ -283,7 +318,17 @@ class Examples:
 def _detached(data: Any) -> Batch:
     """The pair without gradients, no targets being an empty tuple."""
     inputs, targets = data[0], () if data[1] is None else data[1]
-    leaves((inputs, targets))  # refuses what is no tensor
+    for role, tree in (("inputs", inputs), ("targets", targets)):
+        for leaf in leaves(tree):  # refuses what is no tensor
+            if leaf.is_nested or leaf.layout is not torch.strided:
+                kind = "nested" if leaf.is_nested else f"sparse ({leaf.layout})"
+                mend = (
+                    "padded: x.to_padded_tensor(0.0)" if leaf.is_nested else "dense: x.to_dense()"
+                )
+                raise TypeError(
+                    f"{role} are a {kind} tensor; make it {mend}, at once or, where memory is "
+                    "short, in a Dataset that gives dense examples"
+                )
     return map_leaves(Tensor.detach, inputs), map_leaves(Tensor.detach, targets)
 
 

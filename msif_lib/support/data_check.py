@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from msif_lib.support.chance import Generators
 from msif_lib.support.checks import IGNORED, innermost
 from msif_lib.support.company import Apart, Company
 from msif_lib.support.data import Batch, Nested, leaves, map_leaves
+from msif_lib.support.draws import Chance
+from msif_lib.support.fingerprint import digests_of
 from msif_lib.support.model import Model
 from msif_lib.support.reader import Reader
 
@@ -29,12 +30,16 @@ class DataCheck:
         The model, at its parameters, and its loss.
     reader
         Reads the data.
+    classes
+        Whether whole targets are indices of classes: else they are what the loss makes of them.
     """
 
-    def __init__(self, model: Model, reader: Reader) -> None:
+    def __init__(self, model: Model, reader: Reader, classes: bool) -> None:
         self._model, self._reader, self._examples = model, reader, reader.examples
         self._parts = model.parameters.views(model.vector())
         self._generators = Generators(model.model, model.loss)
+        self._chance = Chance(model, self._generators, self._copied)
+        self._classes = classes
 
     def refusal(self, batch_size: int, chunk_size: Callable[[], int]) -> Exception | None:
         """What :meth:`run` raises, whatever it is: other processes must hear of it."""
@@ -63,23 +68,27 @@ class DataCheck:
         if not share:
             return
         with self._generators.kept(), torch.no_grad():
-            first = share[: min(batch_size, _FIRST)]
-            self._pass_over(first, len(first))
-            size = chunk_size()
-            losses, apart = self._pass_over(share, size)
+            with self._model.held.watched():
+                first = share[: min(batch_size, _FIRST)]
+                self._pass_over(first, len(first))
+                size = chunk_size()
+                losses, apart = self._pass_over(share, size)
+                self._chance.draw_often()
             company = Company(self._model, self._examples, size)
             company.check(share, losses, apart)
             company.check_fixed(sorted(self._examples.drawn))
 
     def _pass_over(self, share: Sequence[int], size: int) -> tuple[Tensor, set[int]]:
         """The losses of examples, and where among them are those whose targets lie apart."""
-        before, losses, apart = self._generators.states(), list[Tensor](), Apart()
+        losses, apart = list[Tensor](), Apart()
         for number, batch in enumerate(self._examples.batches(size, share)):
             these = share[number * size : (number + 1) * size]
-            losses.append(self._checked_losses(batch, these))
+            began, before = self._generators.get(), self._generators.states()
+            with self._model.held.copies(len(these)), self._model.kernels():
+                losses.append(self._checked_losses(batch, these))
             apart.see(batch[1], number * size)
             if self._generators.states() != before:
-                self._refuse_chance(batch)
+                self._chance.look_at(batch, began)
         return torch.cat(losses), apart.found()
 
     def _checked_losses(self, batch: Batch, these: Sequence[int]) -> Tensor:
@@ -87,11 +96,12 @@ class DataCheck:
         inputs, targets = map_leaves(self._copied, batch)
         given = _versions(inputs), _versions(targets)
         outputs = self._outputs(inputs, these)
-        if _versions(inputs) != given[0]:
+        if _versions(inputs) != given[0] or not self._unwritten(inputs, batch[0]):
             self._refuse_writing(batch[0])
-        _check_classes(outputs, targets, these)
+        if self._classes:
+            _check_classes(outputs, targets, these)
         losses = self._losses(outputs, targets, these)
-        if _versions(targets) != given[1]:
+        if _versions(targets) != given[1] or not self._unwritten(targets, batch[1]):
             raise ValueError(
                 "loss writes into the targets that it is given, and so into your data; let it work "
                 "on a copy (targets.clone(), torch.where, masked_fill)"
@@ -99,6 +109,7 @@ class DataCheck:
         unclean = [_not_finite(tree, len(these), losses.device) for tree in batch]
         bad = ~losses.isfinite()
         if bad.any():
+            _check_classes(outputs, targets, these)
             row = int(bad.nonzero()[0])
             raise ValueError(_fault(unclean, outputs, losses, row, these[row]))
         self._check_gradients(batch, unclean, these)
@@ -107,6 +118,11 @@ class DataCheck:
     def _copied(self, leaf: Tensor) -> Tensor:
         """On the device, and not the user's: a model that writes into it changes no data."""
         return leaf.to(self._reader.device, copy=True)
+
+    def _unwritten(self, tree: Nested, given: Nested) -> bool:
+        """Whether copies have the values that were given: ``.data`` and NumPy count no changes."""
+        pairs = zip(leaves(tree), leaves(given), strict=True)
+        return all(_equal(leaf, one.to(leaf.device)) for leaf, one in pairs)
 
     def _check_kinds(self, batch: Batch) -> None:
         device, dtype = self._reader.device, self._model.dtype
@@ -125,7 +141,7 @@ class DataCheck:
 
     def _outputs(self, inputs: Nested, these: Sequence[int]) -> Any:
         try:
-            return self._model.batch_outputs(self._parts, inputs)
+            return self._model.outputs_as_they_come(self._parts, inputs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -141,6 +157,7 @@ class DataCheck:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            _check_classes(outputs, targets, these)
             kind = _shapes(outputs) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(
                 f"loss(outputs, targets) fails on the data, from example {these[0]} on: "
@@ -181,25 +198,16 @@ class DataCheck:
                 "loss; what is not meant to count must not reach it (torch.where, masked_fill)"
             )
 
-    def _refuse_chance(self, batch: Batch) -> None:
-        inputs, targets = map_leaves(self._copied, batch)
-
-        def evaluate() -> None:
-            self._model.batch_losses(self._parts, inputs, targets)
-
-        who = innermost(self._model.model, evaluate, self._generators.states) or "the loss"
-        raise ValueError(
-            f"the model or loss depends on chance: {who} draws random numbers; switch its "
-            "randomness off (module.eval())"
-        )
-
     def _refuse_writing(self, inputs: Nested) -> None:
         copy = map_leaves(self._copied, inputs)
 
         def evaluate() -> None:
             self._model.batch_outputs(self._parts, copy)
 
-        who = innermost(self._model.model, evaluate, partial(_versions, copy)) or "the model"
+        def state() -> list[object]:
+            return [_versions(copy), digests_of(copy, leaves(copy)).tolist()]
+
+        who = innermost(self._model.model, evaluate, state) or "the model"
         raise ValueError(
             f"{who} writes into the inputs that it is given, and so into your data; use an "
             "operation that is not in place (inplace=False, x * 0.5 for x.mul_(0.5))"
@@ -208,6 +216,10 @@ class DataCheck:
 
 def _is_whole(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or bool(torch.isclose(one, other, 0, 0, equal_nan=True).all())
 
 
 def _versions(tree: Nested) -> list[int]:

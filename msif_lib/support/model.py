@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msif_lib.support.arguments import check_rows, check_vector
+from msif_lib.support.buffers import Held
 from msif_lib.support.checks import check_given, check_memory, check_modes, check_parameters
-from msif_lib.support.data import Nested
+from msif_lib.support.data import Nested, rows_of
 from msif_lib.support.functional import PureModule, differentiable_kernels
 from msif_lib.support.parameters import Block, Parameters, aliases_of, matching
 
@@ -122,11 +124,11 @@ class Model:
             if trained is None
             else self.block(trained, "trained")
         )
-        self._pure = PureModule(model, self.parameters.numbers)
+        self._pure = PureModule(model, self.parameters.numbers, self.loss)
         self._pures = [self._pure]
         if isinstance(model, EmbeddingAndHead):
             self._pure_embedding = PureModule(model.embedding, self.parameters.numbers)
-            self._pure_head = PureModule(model.head, self.parameters.numbers)
+            self._pure_head = PureModule(model.head, self.parameters.numbers, self.loss)
             self._pures += [self._pure_embedding, self._pure_head]
 
     @property
@@ -208,6 +210,13 @@ class Model:
         """(W, U) as one flat vector ``(p_W + p_U,)``, a copy."""
         return self.parameters.vector()
 
+    def at(self, vector: Tensor | None) -> Tensor:
+        """A joint vector that is given ``(p_W + p_U,)``, or where there is none the parameters."""
+        if vector is None:
+            return self.vector()
+        size = self.parameters.size
+        return check_vector("vector", vector, size, self.dtype, self.device).detach()
+
     def embedding_vector(self) -> Tensor:
         """W as a flat vector ``(p_W,)``, a copy."""
         return self.split(self.vector())[0]
@@ -218,10 +227,12 @@ class Model:
 
     def split(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """The W part and the U part of a joint vector ``(p_W + p_U, ...)``, as views."""
+        check_rows("vector", vector, self.parameters.size)
         return vector[: self.embedding_size], vector[self.embedding_size :]
 
     def load_vector(self, vector: Tensor) -> None:
-        """Write a joint vector ``(p_W + p_U,)`` into the modules, in place."""
+        """Write a joint vector ``(p_W + p_U,)`` of any floats into the modules, in place."""
+        check_vector("vector", vector, self.parameters.size, None, self.device)
         self.parameters.load(vector)
 
     def block(self, patterns: str | Sequence[str], argument: str = "patterns") -> Block:
@@ -248,15 +259,19 @@ class Model:
         """The model's outputs for a batch, with `parts` for its parameters."""
         return self._pure(parts, inputs)
 
+    def outputs_as_they_come(self, parts: Sequence[Tensor], inputs: Nested) -> Any:
+        """The same, what an evaluation moves being the module's own."""
+        return self._pure.evaluate(parts, inputs)
+
     def batch_losses(self, parts: Sequence[Tensor], inputs: Nested, targets: Nested) -> Tensor:
         """Per-example losses ``(B,)`` of a batch, with `parts` for the model's parameters."""
-        with self.kernels():
-            return self.loss(self._pure(parts, inputs), targets)
+        with self._pure.held.copies(rows_of(inputs)), self.kernels():
+            return self.loss(self._pure.evaluate(parts, inputs), targets)
 
     @property
-    def moving(self) -> list[str]:
-        """The names of modules that an evaluation moves beside their parameters."""
-        return self._pure.held.moving
+    def held(self) -> Held:
+        """What evaluations of the model and its loss leave as it was."""
+        return self._pure.held
 
     def losses_in_a_row(
         self, theta: Tensor, inputs: Nested, targets: Nested
@@ -276,8 +291,8 @@ class Model:
 
     def feature_losses(self, parts: Sequence[Tensor], features: Any, targets: Nested) -> Tensor:
         """Per-example losses ``(B,)``, given what :meth:`features` returned."""
-        with self.kernels():
-            return self.loss(self._pure_head(parts, features), targets)
+        with self._pure_head.held.copies(rows_of(targets)), self.kernels():
+            return self.loss(self._pure_head.evaluate(parts, features), targets)
 
     def penalty(self, parts: Sequence[Tensor]) -> Tensor:
         """R, a scalar, with `parts` for the parameters."""

@@ -38,17 +38,36 @@ def matching(
     """
     names = list(names)
     all_names = {name: name for name in names} | dict(aliases or {})
-    wanted, chosen = [patterns] if isinstance(patterns, str) else patterns, set()
-    if not isinstance(wanted, Iterable) or not all(isinstance(one, str) for one in wanted):
+    many = isinstance(patterns, Iterable) and not isinstance(patterns, str | Tensor)
+    wanted: list[str] = list(patterns) if many else [patterns]  # type: ignore[list-item]
+    chosen = set()
+    if not all(isinstance(one, str) for one in wanted):
         raise TypeError(
-            f"{argument} must be a pattern of parameter names or a list of such, not {wanted!r:.60}"
+            f"{argument} must be a pattern of parameter names or a list of such, not "
+            f"{patterns!r:.60}"
         )
     for pattern in wanted:
         fitting = {all_names[name] for name in all_names if fnmatchcase(name, pattern)}
         if not fitting:
-            raise ValueError(f"{argument}: no parameter is called {pattern!r}; there are {names}")
+            there = f"there are {names}" if names else "the model has no parameters at all"
+            raise ValueError(f"{argument}: no parameter is called {pattern!r}; {there}")
         chosen |= fitting
     return [name for name in names if name in chosen]
+
+
+def numbers_among(name: str, numbers: Iterable[int], among: Block) -> Block:
+    """Numbers of parameters, each once and ascending.
+
+    Raises
+    ------
+    ValueError
+        A parameter has no such number; the message begins with `name`.
+    """
+    many = isinstance(numbers, Iterable) and not isinstance(numbers, Tensor)
+    chosen = tuple(numbers) if many else (numbers,)
+    if not all(type(number) is int and number in among for number in chosen):
+        raise ValueError(f"{name}: there are parameters 0..{len(among) - 1}, not {numbers!r:.60}")
+    return tuple(sorted({*chosen}))
 
 
 def overlapping(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -67,6 +86,12 @@ def overlapping(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[tuple[
             if meets and _meet(tensor, theirs[other]):
                 pairs.append((number, other))
     return pairs
+
+
+def repeats(tensor: Tensor) -> bool:
+    """Whether it has more entries than places in memory, as after ``expand``."""
+    first, last = _span(tensor)
+    return bool(tensor.numel()) and tensor.numel() * tensor.itemsize > last - first + 1
 
 
 def _storage(tensor: Tensor) -> tuple[str, int]:
