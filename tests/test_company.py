@@ -124,6 +124,28 @@ def test_what_is_written_at_some_evaluations_only_or_past_the_counter_stays(how,
     assert module.inside.keys() == {"mean"} and not module.inside["mean"].any()
 
 
+class Remembering(nn.Module):
+    """A learned table that is looked up once and kept, as position embeddings are."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.kept, self.keeps = nn.Embedding(3, 4, dtype=F64), {}, keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if 3 not in self.kept or not self.keeps:
+            self.kept[3] = self.table(torch.arange(3))
+        return torch.tanh(x[:, None] + self.kept[3]).sum(2)
+
+
+def test_what_a_model_keeps_of_a_parameter_is_no_constant():
+    module = Remembering(keeps=True)
+    stage, want = of(module), of(Remembering(keeps=False))
+    for _ in range(2):
+        assert torch.equal(stage.gradient(), want.gradient())
+    assert not module.kept and stage.gradient()[:12].all()
+
+
 class Weighing(nn.Module):
     """A loss that counts what it was called for."""
 

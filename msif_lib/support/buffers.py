@@ -44,6 +44,10 @@ class Held:
         self._some: list[tuple[str, Any]] = []
         self._generators: Generators | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the generators, which are those of a process."""
+        return vars(self) | {"_generators": None}
+
     @property
     def moving(self) -> list[str]:
         """The names of the modules whose buffers or attributes an evaluation moved."""

@@ -159,6 +159,7 @@ class Examples:
 
     def __init__(self, data: Batch | Dataset | DataLoader) -> None:
         self._loader: dict[str, Any] | None = None
+        self._generators: Generators | None = None  # looked for once: a data set may hold much
         self.drawn: set[int] = set()
         if isinstance(data, list | tuple):
             self._tensors = self._checked_pair(data)
@@ -174,6 +175,10 @@ class Examples:
                 "data must be a pair (inputs, targets), a map-style Dataset or a DataLoader, "
                 f"not {type(data).__name__}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the generators, which are those of a process."""
+        return vars(self) | {"_generators": None}
 
     @property
     def in_memory(self) -> bool:
@@ -253,7 +258,7 @@ class Examples:
         dataset = settings.pop("dataset")
         if not workers:
             settings |= {"num_workers": 0, "multiprocessing_context": None, "timeout": 0}
-        generators = Generators(*self.sources)
+        generators = self._generators = self._generators or Generators(*self.sources)
         # A generator of its own: the loader would draw its seed from the user's.
         own = torch.Generator("cpu")
         loader = iter(
