@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
-from msif_lib.support.storage import ScoresFile, check_out, refuse
+from msif_lib.support.storage import ScoresFile, check_out, refuse, unseen
 
 
 def check_known(link: Link) -> None:
@@ -71,30 +72,42 @@ class Folder:
 
     def begun(self, number: int) -> bool:
         """Whether something is kept for a stage."""
-        return self.file(number).exists() or self.store.exists(f"stage-{number}.npy.solution")
+        file, name = self.file(number), f"stage-{number}.npy.solution"
+        return self.reader.on_first(lambda: file.exists() or self.store.exists(name))
 
 
 @contextmanager
 def opened(out: str | Path | None, reader: Reader) -> Iterator[Folder | None]:
-    """The folder of a call, kept from other processes until it is done; None where none is named.
+    """The folder of a call, kept from other calls until it is done; None where none is named.
+
+    Of processes that share the data the first looks there, and writes; the others read. Where
+    nothing can be written the folder is opened all the same, to give back what is finished.
 
     Raises
     ------
     ValueError
-        It is none, or nothing can be written there.
+        It is none, or nothing is there and nothing can be written.
 
     Warns
     -----
     UserWarning
-        Another process is at work there, which is waited for.
+        Another call is at work there, which is waited for; processes that share the data wait for
+        the first, no longer than their process group's timeout.
     """
     if out is None:
         yield None
         return
-    path, first = check_out(out)
+    entered: list[Checkpoint] = []
     with ExitStack() as stack:
-        store = Checkpoint(path, "out")
-        reader.on_first(lambda: stack.enter_context(store.held()))
+
+        def enter() -> tuple[Path, Path]:
+            path, first = check_out(out)
+            entered.append(Checkpoint(path, "out"))
+            stack.enter_context(entered[0].held(to_read=True))
+            return path, first
+
+        path, first = reader.on_first(enter)
+        store = entered[0] if entered else Checkpoint(path, "out", make=False)
         yield Folder(store, first, reader)
 
 
@@ -115,7 +128,7 @@ class Kept:
     Raises
     ------
     ValueError
-        The folder is another problem's.
+        The folder is another problem's, or something is missing and nothing can be written.
     OSError
         The disk has no room for the scores.
     """
@@ -128,24 +141,27 @@ class Kept:
         dtype: torch.dtype,
     ) -> None:
         self._folder, self._store, self._reader = folder, folder.store, folder.reader
-        self._reader.on_first(partial(self._claim, identity))
+        self._key = self._reader.on_first(partial(self._claim, identity))
         self._reader.on_first(partial(self._require_room, shapes, max(4, dtype.itemsize)))
-        self._key = Identity(**(self._store.get("problem") or {})).key
 
-    def _claim(self, identity: Identity) -> None:
-        """Make the folder this problem's, or see that it is."""
+    def _claim(self, identity: Identity) -> str:
+        """Make the folder this problem's, or see that it is; the key that it is known by there."""
         known = self._store.get("problem")
         if known is not None and Identity(**known).same(identity):
-            return
+            return Identity(**known).key
         if self._folder.first.exists() or self._store.names("stage-*.npy.solution"):
             damaged = known is None and self._store.exists("problem")
             refuse(self._store.path("problem"), damaged)
+        self._store.require_writable()
         self._forget_walks("*")
         self._store.put("problem", asdict(identity))
+        return identity.key
 
     def _require_room(self, shapes: Sequence[tuple[int, ...]], itemsize: int) -> None:
-        files = [self._folder.file(number) for number in range(len(shapes))]
-        missing = (shape for shape, file in zip(shapes, files) if not file.exists())
+        files = [self.file(number) for number in range(len(shapes))]
+        missing = [shape for shape, file in zip(shapes, files) if not file.path.exists()]
+        if missing or not all(file.is_finished(shape[0]) for shape, file in zip(shapes, files)):
+            self._store.require_writable()
         self._store.require_room(sum(map(math.prod, missing)) * itemsize)
 
     def file(self, number: int) -> ScoresFile:
@@ -166,22 +182,20 @@ class Kept:
     def pulled(self, number: int, make: Callable[[], PulledBack]) -> PulledBack:
         """What a link gave, or gives now."""
         name = f"stage-{number}.npy.solution"
-        found = self._reader.on_first(lambda: self._found(number, name))
-        solved = bool(self._reader.all_reduce(torch.tensor(int(found or 0), device=self._device)))
-        if not solved:
+        if not self._reader.on_first(lambda: self._found(number, name)):
             pulled = make()
             values = {field.name: getattr(pulled, field.name) for field in fields(pulled)}
             values["reports"] = [asdict(report) for report in pulled.reports]
             self._reader.on_first(lambda: self._store.put(name, {"key": self._key, **values}))
             self._reader.on_first(lambda: self._forget_walks(number))  # its end is kept
             return pulled
-        known = self._store.get(name) or {}
+        known = self._reader.agreed(lambda: self._read(name))
         reports = tuple(SolveReport(**report) for report in known.pop("reports"))
         for report in reports:
             if not report.converged and report.solver != IdentitySolver.__name__:
                 warn_caller(f"{report.solver}: {report.message}", SolverWarning)
         on_device = {
-            field: value.to(self._device) if isinstance(value, Tensor) else value
+            field: value.to(self._reader.device) if isinstance(value, Tensor) else value
             for field, value in known.items()
             if field != "key"
         }
@@ -198,9 +212,12 @@ class Kept:
             refuse(self._store.path(name))
         return known is not None
 
-    @property
-    def _device(self) -> torch.device:
-        return self._reader.device
+    def _read(self, name: str) -> dict[str, Any]:
+        """A record that the first process has found, on each."""
+        known = self._store.get(name)
+        if known is None:
+            raise unseen(self._store.path(name))
+        return known
 
 
 @dataclass(frozen=True)
@@ -210,7 +227,7 @@ class _Walk:
     reader: Reader
 
     def get(self) -> dict[str, Tensor] | None:
-        found = self.store.get(self.name)
+        found = self.reader.on_first(lambda: self.store.get(self.name))
         return found and {name: value.to(self.reader.device) for name, value in found.items()}
 
     def put(self, tensors: dict[str, Tensor]) -> None:

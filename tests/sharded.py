@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,8 +29,10 @@ from msif_lib import (
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
 from msif_lib.links import Link, Optimum, Stopped
 from msif_lib.scale.sharding import initialise, shard
-from msif_lib.solvers import ConjugateGradient, Dense, MinRes
+from msif_lib.solvers import ConjugateGradient, Dense, FailedSolve, MinRes
 from msif_lib.support import storage
+from msif_lib.support.functional import DerivativeError
+from msif_lib.support.reader import Reader
 from msif_lib.training import train
 
 storage._BATCHES_A_STEP = 2
@@ -116,7 +120,47 @@ def said(work: Callable[[], object]) -> str:
     return "nothing"
 
 
-def refusals(problem: Problem) -> dict[str, str]:
+class Odd(LookupError):
+    """An error that cannot be pickled."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one}, {other}")
+
+
+def failing(error: Exception) -> None:
+    """What raises an error."""
+    raise error
+
+
+def failures(reader: Reader, chain: Callable[[], Chain], test: Any, folder: Path) -> dict[str, str]:
+    """What the processes say where one of them fails."""
+    rank = dist.get_rank()
+    errors = {
+        "a full disk": OSError(errno.ENOSPC, "no room"),
+        "a solve": FailedSolve("nothing was found"),
+        "an odd error": Odd("one", "other"),
+        "derivatives": DerivativeError("one is missing"),
+    }
+    answers = {}
+    for name, error in errors.items():
+        at = (lambda error=error: failing(error)) if rank else (lambda: None)
+        answers[f"{name}, the second"] = said(lambda at=at: reader.agreed(at))
+        answers[f"{name}, the first"] = said(
+            lambda error=error: reader.on_first(lambda: failing(error))
+        )
+    answers["found"] = repr(reader.on_first(lambda: [rank, torch.ones(2)]))
+    file, place = folder / "file", folder / f"place-{rank}"
+    file.touch()
+    place.mkdir()
+    answers["a file"] = said(lambda: chain().scores(test, out=folder if rank else file))
+    # A path that leads elsewhere in the other process, as without a shared disk.
+    os.chdir(place)
+    answers["elsewhere"] = said(lambda: chain().scores(test, out="scores"))
+    answers["elsewhere again"] = said(lambda: chain().scores(test, out="scores"))
+    return answers
+
+
+def refusals(problem: Problem, folder: Path) -> dict[str, str]:
     """What the processes say to bad input, which only one of them sees."""
     rank = dist.get_rank()
     x, y = problem.pretraining_data
@@ -175,6 +219,7 @@ def refusals(problem: Problem) -> dict[str, str]:
         "indices": said(lambda: chain().self_influence([rank])),
         "train": said(lambda: train(first)),
     }
+    answers |= failures(first.reader, chain, test, folder)
     answers["share of examples"] = str(list(first.reader.share))
     answers["to"] = str(first.to(torch.float32).reader.share)
     plain.load_vector(plain.vector() + rank)
@@ -185,10 +230,10 @@ def refusals(problem: Problem) -> dict[str, str]:
 if __name__ == "__main__":
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", "TF32|torch.jit")
-    folder, problem = Path(sys.argv[1]), Problem(SPECS["mlp"])
+    folder, problem = Path(sys.argv[1]).resolve(), Problem(SPECS["mlp"])
     device = initialise()
     groups = [dist.new_group([0])]
-    answers = refusals(problem)
+    answers = refusals(problem, folder)
     half_a_sweep(shard, problem, folder / "half")
     half_a_sweep(shard, problem, folder / "whole")
     half_a_sweep(shard, problem, folder / "whole")

@@ -127,11 +127,31 @@ def test_the_processes_share_the_examples_out(both):
         ("at_once", "ValueError: the processes were not given the same at_once:"),
         ("indices", "ValueError: the processes were not given the same indices:"),
         ("train", "ValueError: train takes a whole stage, not one whose examples are shared out"),
+        ("a full disk, the first", "OSError: [Errno 28] no room"),
+        ("a full disk, the second", "OSError: [Errno 28] no room"),
+        ("a solve, the first", "FailedSolve: nothing was found"),
+        ("a solve, the second", "FailedSolve: nothing was found"),
+        ("derivatives, the first", "DerivativeError: one is missing"),
+        ("derivatives, the second", "DerivativeError: one is missing"),
+        ("found", "[0, tensor([1., 1.])]"),
+        ("a file", "ValueError: out must be a folder for the scores of all stages, not the file"),
+        ("elsewhere", "FileNotFoundError: [Errno 2] out: scores/stage-0.npy was written by the fi"),
+        (
+            "elsewhere again",
+            "FileNotFoundError: [Errno 2] out: scores/stage-0.npy.solution.pt was written by the",
+        ),
     ],
 )
 def test_what_one_process_sees_both_refuse(both, question, answer):
     for _, answers in both:
         assert answers[question].startswith(answer)
+
+
+def test_an_error_that_cannot_be_told_as_it_is_is_a_value_error_elsewhere(both):
+    for which in (0, 1):
+        name = f"an odd error, the {('first', 'second')[which]}"
+        assert both[which][1][name] == "Odd: one, other"
+        assert both[1 - which][1][name] == "ValueError: one, other"
 
 
 def test_a_process_outside_the_group_is_told_so(both):

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from msif_lib.stage import Stage
 from msif_lib.support.data import Examples
-from msif_lib.support.functional import DerivativeError
 from msif_lib.support.identity import held_by_each
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import in_own_state

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import filelock
 import torch
 
+from msif_lib.support.arguments import place
 from msif_lib.support.atomic import clear, replacing
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import Identity
@@ -49,7 +50,7 @@ class Checkpoint:
     def __init__(
         self, folder: str | Path | None, argument: str = "checkpoint", make: bool = True
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else place(argument, folder)
         self._argument, self._held = argument, 0
         self._read_only: ValueError | None = None
         if self.folder is None or not make:

@@ -16,6 +16,7 @@ stage, they alone stand there, and all else in a folder beside it, ``<name>.npy.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from msif_lib.support.arguments import place
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
@@ -78,7 +80,7 @@ def check_out(out: str | Path) -> tuple[Path, Path]:
         `out` is another file, or the folder that it lies in does not exist; there is a folder
         where a ``.npy`` file should be, or the reverse.
     """
-    path = Path(out)
+    path = place("out", out)
     if not path.parent.is_dir():
         raise ValueError(f"out: the folder {path.parent} does not exist")
     if path.suffix == ".npy" and not path.is_dir():
@@ -102,6 +104,15 @@ def refuse(path: Path, damaged: bool = False) -> NoReturn:
         if damaged
         else f"out: {path} belongs to another problem (other parameters, data, test examples, "
         "solver or settings), or a file beside it is missing; give another path, or remove them all"
+    )
+
+
+def unseen(path: Path) -> OSError:
+    """That a process does not see what another one has written."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"out: {path} was written by the first of the processes that share the data, and another "
+        "one does not find it; give a folder on a disk that all of them see, by the same path",
     )
 
 
@@ -166,6 +177,11 @@ class ScoresFile:
         self._begin(size)
         return 0
 
+    def is_finished(self, size: int) -> bool:
+        """Whether the scores of so many examples are said to be there."""
+        state = self._store.get(self._name)
+        return self.path.exists() and state is not None and state["finished"] == size
+
     def _begin(self, size: int) -> None:
         self._sha = hashlib.sha256(self._header)
         self._note(0)
@@ -224,7 +240,15 @@ class ScoresFile:
             )
 
     def rows(self) -> Tensor:
-        """The scores, read when looked at; changes to them stay in memory."""
+        """The scores, read when looked at; changes to them stay in memory.
+
+        Raises
+        ------
+        OSError
+            This process does not see the file.
+        """
+        if not self.path.exists():
+            raise unseen(self.path)
         return torch.from_numpy(np.load(self.path, mmap_mode="c"))
 
 
@@ -302,14 +326,13 @@ def _filled(
     reader: Reader,
 ) -> Tensor:
     """The rows of a file, those that it lacks being written, by the first process, as they come."""
-    found = reader.on_first(lambda: file.take_up(size, like))
-    start = int(reader.all_reduce(torch.tensor(found or 0, device=reader.device)))
+    start = reader.on_first(lambda: file.take_up(size, like))
     if start < size:
         for rows in rows_from(start):
             reader.on_first(partial(file.write, start, rows))
             start += len(rows)
         reader.on_first(lambda: file.require_whole(size))
-    return file.rows()
+    return reader.agreed(file.rows)
 
 
 def _derivatives(stage: Scored, indices: range, v: Tensor, bar: Any) -> Tensor:
