@@ -27,6 +27,7 @@ from msif_lib.preconditioner import (
     gauss_newton_rows,
 )
 from msif_lib.stage import Stage
+from msif_lib.support.arguments import check_matrix, dense, instance, positive, whole
 from msif_lib.support.data import Batch
 from msif_lib.support.functional import (
     GraphNotCountable,
@@ -34,7 +35,7 @@ from msif_lib.support.functional import (
     saved_bytes,
 )
 from msif_lib.support.operators import LinearOperator
-from msif_lib.support.parameters import Block
+from msif_lib.support.parameters import Block, numbers_among
 from msif_lib.support.seen import Seen
 from msif_lib.support.state import in_own_state
 
@@ -84,7 +85,9 @@ class _SecondDerivative(_OfStage):
         self._blocks = rows, columns
         self._checked, self._seen = False, Seen(stage)
         self._kept: list[Tensor | None] | None = None
-        if memory_budget is None:
+        if memory_budget is not None:
+            whole("memory_budget", memory_budget, 0)
+        else:
             memory_budget = 2**27 if self.device.type == "cpu" else 2**33
         self._at = stage.vector() if at is None else at.clone()
         # The graphs lead back to these leaves alone: where only the head is asked for, the
@@ -271,8 +274,9 @@ class CrossHessian(_SecondDerivative):
         columns: Block | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        rows = stage.shared if rows is None else rows
-        super().__init__(stage, rows, stage.own if columns is None else columns, memory_budget)
+        of_rows = numbers_of(stage, "embedding" if rows is None else rows)
+        of_columns = numbers_of(stage, "head" if columns is None else columns)
+        super().__init__(stage, of_rows, of_columns, memory_budget)
 
 
 class GaussNewton(_OfStage):
@@ -357,16 +361,22 @@ class AddDiagonal(LinearOperator):
     Raises
     ------
     ValueError
-        Shapes that do not fit.
+        Shapes that do not fit, or dtypes.
+    TypeError
+        `operator` is none, or `diagonal` no dense tensor.
     """
 
     def __init__(self, operator: LinearOperator, diagonal: Tensor) -> None:
+        check_matrix("operator", operator)
+        dense("diagonal", diagonal)
         rows, columns = operator.shape
         if rows != columns or tuple(diagonal.shape) != (rows,):
             raise ValueError(
                 f"a diagonal of shape {tuple(diagonal.shape)} does not fit an operator of shape "
                 f"{operator.shape}"
             )
+        if diagonal.dtype != operator.dtype:
+            raise ValueError(f"diagonal is {diagonal.dtype}, the operator {operator.dtype}")
         self.operator, self.diagonal = operator, diagonal
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
         self._preconditioners: dict[float, GaussNewtonPreconditioner | None] = {}
@@ -415,7 +425,10 @@ def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
     ------
     ValueError
         No block is called so, or a parameter has no such number.
+    TypeError
+        `stage` is none.
     """
+    instance("stage", stage, Stage)
     named = {
         "joint": stage.parameters.all,
         "embedding": stage.shared,
@@ -429,9 +442,7 @@ def numbers_of(stage: Stage, block: BlockName | Block) -> Block:
                 "numbers of parameters)"
             )
         return named[block]
-    if not set(block) <= set(stage.parameters.all):
-        raise ValueError(f"block: there are parameters 0..{len(stage.names) - 1}, not {block}")
-    return tuple(sorted(set(block)))
+    return numbers_among("block", block, stage.parameters.all)
 
 
 @in_own_state
@@ -453,6 +464,8 @@ def proximal_hessian(stage: Stage, alpha: float) -> AddDiagonal:
     AddDiagonal
         Of shape ``(p_W + p_Θ, p_W + p_Θ)``.
     """
+    instance("stage", stage, Stage)
+    positive("alpha", alpha)
     pull = torch.zeros_like(stage.vector())
     pull[: stage.embedding_size] = 2 * alpha
     return AddDiagonal(Hessian(stage, "trained"), stage.parameters.take(pull, stage.trained))

@@ -25,7 +25,15 @@ from tqdm import tqdm
 from msif_lib.optimisers import SGD, AdamW, Optimiser, State
 from msif_lib.stage import Stage
 from msif_lib.steps import Augment, Batches, Linearised, Steps, drawn_from
-from msif_lib.support.arguments import check_columns, indices_of, whole
+from msif_lib.support.arguments import (
+    check_columns,
+    dense,
+    flag,
+    indices_of,
+    instance,
+    listed,
+    whole,
+)
 from msif_lib.support.state import OwnState, in_own_state
 
 __all__ = [
@@ -45,8 +53,13 @@ __all__ = [
 # rounding, which grows along a training, but no wrong rate or batch.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _LOW_PRECISION = 5e-2
+# Examples drawn in a training, whose numbers are kept: 256 GiB of them.
+_MOST_DRAWN = 2**35
 # Bytes of the graphs that are kept from the repetition of steps, not to be recorded once more.
 _GRAPHS = 2**26
+
+# Steps at most by which what was drawn is known.
+_KNOWN_BY = 16
 
 #: The gradient of a step's objective with its graph.
 Recorded = tuple[Tensor, Linearised]
@@ -103,6 +116,23 @@ class Path(OwnState):
         if steps in self.states:
             return self.states[steps].x
         return stage.parameters.take(self.end, stage.trained)
+
+    def drawn(self, stage: Stage) -> Tensor:
+        """What code that draws gave in some of the steps: losses of their examples ``(2, n)``.
+
+        Each with the draws of its step, at the parameters of that step and at the start; n = 0
+        where nothing was drawn.
+        """
+        known = sorted(step for step in self.states if step < len(self))
+        if self.noise_seed is None or not known:
+            return self.start.new_zeros(2, 0)
+        steps, first = self.steps(stage), stage.parameters.take(self.start, stage.trained)
+        with steps.running():
+            found = [
+                torch.stack([steps.losses(x, step) for x in (self.states[step].x, first)])
+                for step in known[:: -(-len(known) // _KNOWN_BY)]
+            ]
+        return torch.cat(found, 1).cpu()
 
     @property
     def time(self) -> float:
@@ -186,9 +216,11 @@ class Path(OwnState):
             The repetition does not end at the stage's parameters; no step or an index that is
             not an example's; as many learning rates as steps are wanted.
         """
+        _check_training(stage, optimiser, augment, progress)
         taken = batches.taken if isinstance(batches, Batches) else batches
-        given = {step: _as_vector(stage, state) for step, state in (states or {}).items()}
-        first, end = _as_vector(stage, start), stage.vector()
+        known = {} if states is None else instance("states", states, Mapping, " by steps taken")
+        given = {step: _as_vector(stage, state, "states") for step, state in known.items()}
+        first, end = _as_vector(stage, start, "start"), stage.vector()
         still = tuple(n for n in stage.parameters.all if n not in stage.trained)
         if not torch.equal(stage.parameters.take(first, still), stage.parameters.take(end, still)):
             raise ValueError(
@@ -201,7 +233,8 @@ class Path(OwnState):
                 "which move; give copy.deepcopy(model.state_dict()), taken before training"
             )
         indices = [
-            indices_of(f"batches[{step}]", batch, stage.size) for step, batch in enumerate(taken)
+            indices_of(f"batches[{step}]", batch, stage.size)
+            for step, batch in enumerate(listed("batches", taken, "the indices of each step"))
         ]
         steps = Steps(stage, first, indices, optimiser, learning_rates, noise_seed, augment)
         way, differing = _length(end - first), []
@@ -241,10 +274,20 @@ def _length(difference: Tensor) -> Tensor:
     return difference.norm(dtype=torch.float64)
 
 
-def _as_vector(stage: Stage, state: Tensor | Mapping[str, Tensor]) -> Tensor:
+def _check_training(stage: Any, optimiser: Any, augment: Any, progress: Any) -> None:
+    """What a training is made of is of the kind that is wanted."""
+    instance("stage", stage, Stage)
+    instance("optimiser", optimiser, Optimiser, ", as SGD(lr=0.1)")
+    flag("progress", progress)
+    if augment is not None and not callable(augment):
+        raise TypeError(f"augment must be a function of the inputs, not {type(augment).__name__}")
+
+
+def _as_vector(stage: Stage, state: Tensor | Mapping[str, Tensor], name: str) -> Tensor:
     """Parameters ``(p,)`` in the stage's order, from a vector or a ``state_dict``."""
     if not isinstance(state, Tensor):
-        missing = [name for name in stage.names if name not in state]
+        known = instance(name, state, Mapping, " as a state_dict, or a vector")
+        missing = [name for name in stage.names if not isinstance(known.get(name), Tensor)]
         if missing:
             raise ValueError(
                 f"start or states lacks the parameter {missing[0]}; give a vector as "
@@ -252,6 +295,7 @@ def _as_vector(stage: Stage, state: Tensor | Mapping[str, Tensor]) -> Tensor:
             )
         state = torch.cat([state[name].detach().reshape(-1) for name in stage.names])
     size = stage.parameters.size
+    dense(name, state)
     if state.shape != (size,):
         raise ValueError(f"start and states must be vectors ({size},), not {tuple(state.shape)}")
     return state.detach().to(dtype=stage.dtype, device=stage.device, copy=True)
@@ -306,7 +350,11 @@ def descend(
     FloatingPointError
         The training diverged; the message names the step.
     """
-    whole("epochs", epochs, 1)
+    _check_training(stage, optimiser, augment, progress)
+    if whole("epochs", epochs, 1) * stage.size > _MOST_DRAWN:
+        raise ValueError(
+            f"epochs: {epochs} epochs of {stage.size} examples are more than memory could hold"
+        )
     sampler = Batches(stage.size, batch_size, seed)
     for _ in range(epochs):
         for _ in sampler:

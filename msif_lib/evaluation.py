@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import scipy.stats
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from msif_lib.support.arguments import between, whole
+from msif_lib.support.arguments import between, dense, whole
 
 _Statistic = Callable[..., Any]
 
@@ -40,8 +41,22 @@ class Agreement:
     slope: Estimate
 
 
+def _numbers(name: str, values: Any) -> NDArray[np.float64]:
+    """Real numbers in an array; a tensor's too, from wherever it is."""
+    if isinstance(values, Tensor):
+        values = dense(name, values).detach().cpu().double()
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind in "iufb" or not found.size:
+            return found.astype(float)
+        said = str(found.dtype)
+    except (TypeError, ValueError) as error:  # rows of unequal length
+        said = str(error)
+    raise TypeError(f"{name} must hold numbers, not {said}")
+
+
 def _paired(x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    a, b = _numbers("x", x), _numbers("y", y)
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"x and y must be vectors of one length, not {a.shape} and {b.shape}")
     if len(a) < 3:
@@ -68,6 +83,8 @@ def _bootstrap(
     """
     between("confidence", confidence)
     whole("resamples", resamples, 1)
+    if not isinstance(seed, np.random.Generator):
+        whole("seed", seed, 0)
     size = len(samples[0])
     drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -214,7 +231,7 @@ def linear_datamodeling_score(
     ValueError
         Unequal shapes; as for :func:`pearson`.
     """
-    a, b = np.asarray(predicted, dtype=float), np.asarray(actual, dtype=float)
+    a, b = _numbers("predicted", predicted), _numbers("actual", actual)
     if a.shape != b.shape or a.ndim not in (1, 2):
         raise ValueError(
             f"predicted and actual must both be (S, T) or (S,), not {a.shape} and {b.shape}"
@@ -249,7 +266,7 @@ def mean_estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     ValueError
         Fewer than two values, or some that are not finite.
     """
-    sample = np.asarray(values, dtype=float)
+    sample = _numbers("values", values)
     if sample.ndim != 1 or len(sample) < 2:
         raise ValueError(f"an interval needs a vector of at least 2 values, not {sample.shape}")
     if not np.isfinite(sample).all():
@@ -298,7 +315,7 @@ def paired(after: ArrayLike, before: ArrayLike, *, confidence: float = 0.95) -> 
     ValueError
         As for :func:`mean_estimate`, or vectors of unequal length.
     """
-    a, b = np.asarray(after, dtype=float), np.asarray(before, dtype=float)
+    a, b = _numbers("after", after), _numbers("before", before)
     if a.shape != b.shape:
         raise ValueError(f"after and before must be of one length, not {a.shape} and {b.shape}")
     differences = a - b

@@ -43,7 +43,7 @@ from msif_lib.scores import Scores as Scores
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
 from msif_lib.support.agreement import require_agreement
-from msif_lib.support.arguments import check_columns, indices_of, tolerance, whole
+from msif_lib.support.arguments import check_columns, flag, indices_of, listed, tolerance, whole
 from msif_lib.support.data import Batch
 from msif_lib.support.identity import Identity
 from msif_lib.support.notices import warn_caller
@@ -102,13 +102,13 @@ class Chain(OwnState):
     def __init__(
         self, links: Sequence[Link], stationarity_tol: float = 1e-4, progress: bool = True
     ) -> None:
-        self.links = () if isinstance(links, Link) else tuple(links)
+        self.links = () if isinstance(links, Link) else tuple(listed("links", links, "links"))
         if not self.links or not all(isinstance(link, Link) for link in self.links):
             raise ValueError(
                 "links must be links of msif_lib.links, one a stage: [Optimum(pretrain), ...]"
             )
         tolerance("stationarity_tol", stationarity_tol)
-        self.progress, self.gradient_norms = progress, dict[str, float]()
+        self.progress, self.gradient_norms = flag("progress", progress), dict[str, float]()
         for link in self.links:
             link.stage.check_module()
         require_agreement(self.links, self.names)
@@ -177,6 +177,7 @@ class Chain(OwnState):
 
     def test_gradients(self, test: Batch, per_test: bool = False) -> Tensor:
         """∇q at the last model: ``(p, 1)`` of the summed loss, or ``(p, T)`` of each loss."""
+        flag("per_test", per_test)
         stage, theta = self._last().with_data(test, "test data"), self.links[-1].vector()
         if per_test:
             rows = stage.per_example_gradients(theta)
@@ -308,6 +309,7 @@ class Chain(OwnState):
         folder: Folder | None,
     ) -> _Call:
         """What :meth:`scores` was asked for, checked."""
+        flag("per_test", per_test)
         chosen = {} if of is None else dict(of) if isinstance(of, Mapping) else {0: of}
         if not set(chosen) <= set(range(len(self.links))):
             raise ValueError(
@@ -585,7 +587,10 @@ class FixedEmbeddingInfluence(_OfFirst):
         progress: bool = True,
     ) -> None:
         first = Optimum(pretrain, solver)
-        second = Frozen(finetune, check_solver("finetune_solver", finetune_solver or solver))
+        second = Frozen(
+            finetune,
+            check_solver("finetune_solver", solver if finetune_solver is None else finetune_solver),
+        )
         super().__init__([first, second], stationarity_tol, progress)
 
 
@@ -631,5 +636,9 @@ class UpdatedEmbeddingInfluence(_OfFirst):
         progress: bool = True,
     ) -> None:
         first = Optimum(pretrain, solver)
-        second = Proximal(tuned, alpha, check_solver("finetune_solver", finetune_solver or solver))
+        second = Proximal(
+            tuned,
+            alpha,
+            check_solver("finetune_solver", solver if finetune_solver is None else finetune_solver),
+        )
         super().__init__([first, second], stationarity_tol, progress)

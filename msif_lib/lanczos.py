@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.solvers import FailedSolve, Operator, SolveReport, SolverWarning
-from msif_lib.support.arguments import check_limits
+from msif_lib.support.arguments import check_limits, check_system
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import in_own_state
 
@@ -73,6 +73,12 @@ def functions_of(
         The tolerance was not reached.
     """
     check_limits(tol, max_iterations)
+    check_system(operator, b)
+    if b.dim() != 2 or tuple(operator.shape) != (len(b), len(b)):
+        raise ValueError(
+            f"b must hold columns (p, k) that fit the operator of shape {tuple(operator.shape)}, "
+            f"not {tuple(b.shape)}"
+        )
     if tol is None:
         tol = 1e-8 if b.dtype == torch.float64 else 1e-4
     limit, dtype = min(len(b), max_iterations or 300), b.dtype

@@ -32,7 +32,7 @@ from msif_lib.descent import Keep, Path, pull_back
 from msif_lib.lanczos import functions_of
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import check_each, check_limits, not_negative, positive
+from msif_lib.support.arguments import check_each, check_limits, instance, not_negative, positive
 from msif_lib.support.identity import Identity
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
@@ -53,7 +53,7 @@ def check_solver(name: str, solver: Solver) -> Solver:
     TypeError
         It is a class, or has no method ``solve``; the message begins with `name`.
     """
-    if isinstance(solver, type) or not hasattr(solver, "solve"):
+    if isinstance(solver, type | Tensor) or not callable(getattr(solver, "solve", None)):
         raise TypeError(f"{name} must be a solver of msif_lib.solvers, as MinRes(), not {solver!r}")
     return solver
 
@@ -65,7 +65,11 @@ def check_path(stage: Stage, path: Path) -> None:
     ------
     ValueError
         It is one; the message says what differs.
+    TypeError
+        One of the two is no stage or no path.
     """
+    instance("stage", stage, Stage)
+    instance("path", path, Path, ", from descend or Path.record")
     size, start = stage.parameters.size, path.start
     if start.dtype != stage.dtype or start.device != stage.device:
         raise ValueError(
@@ -222,7 +226,7 @@ class _Curved(Link):
     curvature: str
 
     def _check_curvature(self) -> None:
-        if self.curvature not in CURVATURES:
+        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
             raise ValueError(
                 f"curvature must be one of {sorted(CURVATURES)}, not {self.curvature!r}"
             )
@@ -566,10 +570,6 @@ class Unrolled(Link):
 
     def __post_init__(self) -> None:
         self._check_stage()
-        if not isinstance(self.path, Path):
-            raise TypeError(
-                f"path must be a Path, from descend or Path.record, not {type(self.path).__name__}"
-            )
         check_path(self.stage, self.path)
 
     def vector(self) -> Tensor:
@@ -581,8 +581,12 @@ class Unrolled(Link):
         return self.path.start
 
     def settings(self) -> list[object]:
-        """The path; what changed its inputs is a function, known by the states it led to."""
+        """The path; what changed its inputs is a function, known by what it gives."""
         return [type(self), replace(self.path, augment=None)]
+
+    def identity(self) -> Identity:
+        """What a link is known by in results that are kept, its stage included."""
+        return Identity.of(super().identity(), Identity("", [self.path.drawn(self.stage)]))
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """The adjoint of each step, backwards; handed back is λ at the start."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import below_one, not_negative, positive
+from msif_lib.support.arguments import below_one, flag, not_negative, positive
 
 Rate = Tensor | float
 
@@ -145,7 +145,7 @@ class Optimiser(ABC):
             positive("clip", self.clip, ", or None for no clipping")
         not_negative(self._decay_name, self.decay)
         groups = self.groups
-        if isinstance(groups, Mapping) or not all(isinstance(one, Mapping) for one in groups):
+        if not isinstance(groups, Sequence) or not all(isinstance(one, Mapping) for one in groups):
             raise TypeError("groups must be a list of dicts, each with 'params'")
         for index, group in enumerate(groups):
             unknown = set(group) - {"params", "lr", self._decay_name}
@@ -199,7 +199,7 @@ class SGD(Optimiser):
 
     def __post_init__(self) -> None:
         below_one("momentum", self.momentum)
-        if self.nesterov and not self.momentum:
+        if flag("nesterov", self.nesterov) and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         self._check()
 

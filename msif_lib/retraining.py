@@ -44,7 +44,7 @@ from msif_lib.repetition import (
     in_double,
 )
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import not_negative, positive, share, whole
+from msif_lib.support.arguments import flag, instance, listed, not_negative, positive, share, whole
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
@@ -287,10 +287,16 @@ def retrain_without(
     FloatingPointError
         A recorded training with these weights diverged.
     """
+    instance("settings", settings, RetrainingSettings)
+    flag("renormalise", renormalise)
+    flag("progress", progress)
     _check_chain(chain, stage, settings)
     share("fraction", fraction)
     size, name = chain.links[stage].stage.size, chain.names[stage]
-    sets = [_indices(number, removal, size, name) for number, removal in enumerate(removals)]
+    sets = [
+        _indices(number, removal, size, name)
+        for number, removal in enumerate(listed("removals", removals, "sets of indices"))
+    ]
     if renormalise:
         _check_renormalised(chain.links[stage], name)
     trainings = _Trainings.of(chain, stage, test, renormalise, fraction, settings)
@@ -512,7 +518,13 @@ def _norm(link: Link) -> float:
 def _starts(settings: RetrainingSettings, links: Sequence[Link]) -> list[Tensor]:
     """Where each training begins."""
     stages = [link.stage for link in links]
-    begun = stages if settings.cold_start is None else list(settings.cold_start)
+    begun = (
+        stages
+        if settings.cold_start is None
+        else listed("cold_start", settings.cold_start, "stages")
+    )
+    for number, start in enumerate(begun):
+        instance(f"cold_start[{number}]", start, Stage)
     if len(begun) != len(stages):
         raise ValueError(
             f"cold_start must hold a stage for each of the {len(stages)} links, not {len(begun)}"
@@ -536,7 +548,7 @@ def _double(test: Batch, device: torch.device) -> Batch:
 
 def _check_chain(chain: Chain, stage: int, settings: RetrainingSettings) -> None:
     count = len(chain.links)
-    if not isinstance(stage, int) or not 0 <= stage < count:
+    if isinstance(stage, bool) or not isinstance(stage, int) or not 0 <= stage < count:
         raise ValueError(
             f"stage must be the number of a stage of the chain, 0..{count - 1}, not {stage!r}"
         )

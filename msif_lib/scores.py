@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.solvers import SolveReport
+from msif_lib.support.arguments import flag, whole_numbers
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Scores:
             The set repeats an example, names one that has no score or, where renormalised,
             leaves none; renormalised, and the examples have weights.
         """
+        flag("renormalise", renormalise)
         chosen = self._chosen(indices)
         if not renormalise:
             return -self._weighted()[chosen].sum(0) / self.training_size
@@ -97,11 +99,7 @@ class Scores:
 
     def _chosen(self, indices: Sequence[int] | Tensor) -> Tensor:
         """The indices of a set as a tensor; a Boolean mask is turned into indices."""
-        chosen, size = torch.as_tensor(indices, device=self.values.device), len(self.values)
-        if not chosen.numel():
-            chosen = chosen.long()
-        if chosen.is_floating_point() or chosen.dim() != 1:
-            raise ValueError("indices must be a vector of whole numbers or a Boolean mask")
+        chosen, size = whole_numbers("indices", indices).to(self.values.device), len(self.values)
         if chosen.dtype == torch.bool:
             if len(chosen) != size:
                 raise ValueError(f"a mask of length {len(chosen)} does not fit {size} scores")

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.minres import Iterate, Preconditioner, far_scales, minimal_residual
-from msif_lib.support.arguments import check_limits, not_negative, whole
+from msif_lib.support.arguments import check_limits, check_system, flag, not_negative, whole
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import OwnState
 
@@ -167,6 +167,8 @@ class Solver(OwnState, ABC):
         ------
         ValueError
             `b` does not fit the operator, has no columns, or is not finite.
+        TypeError
+            `operator` is no matrix, or `b` no dense tensor of floats.
         FailedSolve
             The solution is zero for a right-hand side that is not, or overflowed.
         FloatingPointError
@@ -177,6 +179,7 @@ class Solver(OwnState, ABC):
         SolverWarning
             The residual is above the tolerance, or negative curvature was met.
         """
+        check_system(operator, b)
         if b.dim() not in (1, 2) or tuple(operator.shape) != (b.shape[0],) * 2:
             raise ValueError(
                 f"right-hand side of shape {tuple(b.shape)} does not fit an operator of shape "
@@ -573,6 +576,10 @@ class ConjugateGradient(_Krylov):
 
     squared: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        flag("squared", self.squared)
+
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         if self.squared:
             return self._solve_squared(operator, b, progress)
@@ -641,6 +648,7 @@ class MinRes(_Krylov):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        flag("precondition", self.precondition)
         whole("memory", self.memory, 0)
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
@@ -672,6 +680,8 @@ class Dense(Solver):
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         known, working = isinstance(operator, Tensor), _working(b.dtype)
+        if not known and not callable(getattr(operator, "dense", None)):
+            raise TypeError(f"operator must have .dense() for Dense, not {type(operator).__name__}")
         right = b.to(working)
         matrix = operator if isinstance(operator, Tensor) else operator.dense()  # type: ignore[attr-defined]
         matrix = _checked((matrix + matrix.T) / 2).to(working)

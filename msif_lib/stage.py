@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from msif_lib.support.arguments import check_target, check_vector, indices_of
 from msif_lib.support.capabilities import Capabilities
 from msif_lib.support.checks import (
     IGNORED,
@@ -32,7 +33,7 @@ from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.data_check import DataCheck
 from msif_lib.support.identity import Identity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
-from msif_lib.support.parameters import Block, aliases_of, matching
+from msif_lib.support.parameters import Block, aliases_of, matching, numbers_among
 from msif_lib.support.probe import probe, wanted
 from msif_lib.support.reader import Reader
 from msif_lib.support.state import OwnState
@@ -266,7 +267,7 @@ class Stage(OwnState, Model):
 
     def section(self, indices: Sequence[int]) -> Stage:
         """The same stage reading these examples alone, for results an example; `size` stays."""
-        return self.reading(self.reader.section(indices))
+        return self.reading(self.reader.section(indices_of("indices", indices, self.size).tolist()))
 
     def reading(self, reader: Reader) -> Stage:
         """The same stage, its examples read by another reader."""
@@ -304,7 +305,7 @@ class Stage(OwnState, Model):
 
     def objective(self, vector: Tensor | None = None) -> Tensor:
         """J at a joint vector, by default at the stage's parameters: a scalar."""
-        parts = self.parameters.views(self.vector() if vector is None else vector)
+        parts = self.parameters.views(self.at(vector))
         with torch.no_grad():
             total = parts[0].new_zeros(())
             for batch, weights in self.weighted_batches():
@@ -313,7 +314,7 @@ class Stage(OwnState, Model):
 
     def objective_and_gradient(self, vector: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """J and ∇J, a scalar and ``(p_W + p_U,)``, at a joint vector or the parameters."""
-        theta = (self.vector() if vector is None else vector.detach().clone()).requires_grad_()
+        theta = self.at(vector).clone().requires_grad_()
         value, gradient = theta.new_zeros(()), torch.zeros_like(theta)
         with torch.enable_grad():
             for batch, weights in self.weighted_batches():
@@ -351,7 +352,7 @@ class Stage(OwnState, Model):
 
     def per_example_gradients(self, vector: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the gradients of the losses in blocks ``(b, p_W + p_U)``, in the data's order."""
-        theta = self.vector() if vector is None else vector.detach()
+        theta = self.at(vector)
         return self.can.gradients(theta, self.batches(), self.gradients_at_once)
 
     @property
@@ -376,7 +377,8 @@ class Stage(OwnState, Model):
         Tensor
             Blocks ``(b, k)``.
         """
-        theta = self.vector() if vector is None else vector.detach()
+        theta = self.at(vector)
+        check_vector("directions", directions, len(theta), self.dtype, self.device, dim=2)
         at_once = self.gradients_at_once
         return self.can.directional_derivatives(theta, directions, self.batches(), at_once)
 
@@ -406,15 +408,16 @@ class Stage(OwnState, Model):
         return other
 
     def with_trained(self, block: Block) -> Stage:
-        """The same stage of which other parameters are trained."""
+        """The same stage of which other parameters are trained, by their numbers."""
         other = copy.copy(self)
-        other.trained = block
+        other.trained = numbers_among("block", block, self.parameters.all)
         return other
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Stage:
         """A deep copy in another dtype or on another device; its data are read into memory."""
+        check_target(dtype, device)
 
         def move(leaf: Tensor) -> Tensor:
             return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)

@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 
 from msif_lib.optimisers import Optimiser, Rate, State, clipped
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import not_negative, whole
+from msif_lib.support.arguments import dense, listed, not_negative, seed_of, whole
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.functional import (
     GraphNotCountable,
@@ -65,14 +65,13 @@ class Batches(BatchSampler):
     def __init__(self, n: int, batch_size: int, seed: int) -> None:
         whole("n", n, 1)
         whole("batch_size", batch_size, 1)
-        whole("seed", seed)
         self.n, self.batch_size = n, batch_size
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._generator = torch.Generator("cpu").manual_seed(seed_of("seed", seed))
         self.taken: list[Tensor] = []
 
     def __iter__(self) -> Iterator[list[int]]:
         order = torch.randperm(self.n, generator=self._generator, device="cpu")
-        for indices in order.split(self.batch_size):
+        for indices in order.split(min(self.batch_size, self.n)):
             self.taken.append(indices)
             yield indices.tolist()
 
@@ -244,12 +243,22 @@ class Steps:
         self, parts: list[Tensor], weights: Tensor, inputs: Nested, targets: Nested
     ) -> Tensor:
         """J_b without its l2 term, whose derivative needs no graph."""
-        if self.augment is not None:
-            inputs = self.augment(inputs)
-        losses = self.stage.batch_losses(parts, inputs, targets)
+        losses = self._losses(parts, inputs, targets)
         value = weights @ losses / len(losses)
         regularizer = self.stage.regularizer
         return value if regularizer is None else value + regularizer(self.stage.named(parts))
+
+    def _losses(self, parts: list[Tensor], inputs: Nested, targets: Nested) -> Tensor:
+        if self.augment is not None:
+            inputs = self.augment(inputs)
+        return self.stage.batch_losses(parts, inputs, targets)
+
+    def losses(self, x: Tensor, step: int) -> Tensor:
+        """ℓ_i ``(B,)`` of a step's examples with its draws, at trained parameters ``(p_T,)``."""
+        parts = _replaced(self._constants, self.stage.trained, self.split(x))
+        batch = self.examples(step)
+        with self._noise(step):
+            return self._losses(parts, *batch).detach()
 
     def _weights(self, step: int, weights: Tensor) -> Tensor:
         return weights[..., self.batches[step].to(weights.device)]
@@ -431,7 +440,9 @@ def _replaced(
 def _one_a_step(rates: Sequence[float] | None, lr: float, steps: int) -> tuple[float, ...]:
     if rates is None:
         return (lr,) * steps
-    values = rates.tolist() if isinstance(rates, Tensor) else list(rates)
+    if isinstance(rates, Tensor):
+        rates = dense("learning_rates", rates).tolist()
+    values = listed("learning_rates", rates, "numbers, one a step")
     if len(values) != steps:
         raise ValueError(f"learning_rates must be {steps} numbers, one a step, not {len(values)}")
     return tuple(not_negative(f"learning_rates[{step}]", rate) for step, rate in enumerate(values))

@@ -28,7 +28,7 @@ from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.descent import SGD, AdamW, Batches, Path, descend
 from msif_lib.solvers import ConjugateGradient, FailedSolve, SolverWarning
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import positive, whole
+from msif_lib.support.arguments import flag, instance, positive, seed_of, whole
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.notices import warn_caller
@@ -156,6 +156,7 @@ def train(
         positive(name, number)
     for name, count in (("epochs", epochs), ("newton_steps", newton_steps), ("seed", seed)):
         whole(name, count, 0)
+    seed_of("seed", seed)
     for name, count in (("minibatch", minibatch), ("lbfgs_evaluations", lbfgs_evaluations)):
         whole(name, count, 1)
     free = tuple(n for n in stage.trained if not head_only or n in stage.own)
@@ -213,6 +214,7 @@ def train(
 def _check_pull(stage: Stage, towards: Tensor | None, alpha: float | None, head_only: bool) -> None:
     if not isinstance(stage, Stage):
         raise TypeError(f"train takes a Stage first, not a {type(stage).__name__}")
+    flag("head_only", head_only)
     if len(stage.reader.share) != stage.size:
         raise ValueError(
             "train takes a whole stage, not one whose examples are shared out: train before shard()"
@@ -264,6 +266,7 @@ def train_kept(
     TrainingWarning
         The tolerance was not reached, in a training that was not read.
     """
+    instance("stage", stage, Stage)
     if checkpoint is None:
         return train(stage, tol, **settings)
     kept = Checkpoint(checkpoint)

@@ -18,6 +18,10 @@ from msif_lib.support.model import Model
 
 # Examples on which forward mode is tried.
 _PROBED = 8
+# Examples whose gradients by vmap are held against reverse mode, and the shares of the parameters
+# at which they are, one after the other where they differ: a wrong rule is wrong at all, while of
+# the gradient of a loss that is saturated nothing but rounding may be left.
+_COMPARED, _SHARES = 2, (1.0, 1 / 8, 1 / 64)
 # From this many directions on, contracting per-example gradients beats one forward-mode sweep a
 # direction (a sweep costs about 1.7 forward passes, the gradients 2.5 to 6.6 once).
 _FORWARD_MODE_DIRECTIONS = 3
@@ -51,17 +55,30 @@ class Capabilities:
 
     @cached_property
     def batching_rules(self) -> bool:
-        """Whether `torch.func.vmap` takes gradients of the model.
+        """Whether `torch.func.vmap` takes gradients of the model, and those of reverse mode.
 
-        Of fused recurrent layers and of models that look at values, for instance, it does not.
+        Of fused recurrent layers and of models that look at values, for instance, it takes none;
+        of an operation of a user's own the rule may be wrong (``vmap`` of an autograd.Function).
         """
+        few, theta, found = self._first(min(_COMPARED, self._size)), self._vector(), []
         try:
-            self._vectorised(self._vector(), *self._first(1))
+            for share in _SHARES:
+                found.append(self._agrees(share * theta, few))
+                if found[-1]:
+                    return True
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
             return False
-        return True
+        return False not in found
+
+    def _agrees(self, theta: Tensor, few: Batch) -> bool | None:
+        """Whether gradients by vmap are those of reverse mode; None where they say nothing."""
+        truth = self._one_by_one(theta, *few)
+        off, size = (self._vectorised(theta, *few) - truth).norm(), truth.norm()
+        if not (off.isfinite() and (off or size)):
+            return None
+        return bool(off <= torch.finfo(theta.dtype).eps ** 0.5 * size)
 
     @cached_property
     def forward_mode(self) -> bool:
@@ -154,7 +171,11 @@ class Capabilities:
             at = theta.detach().requires_grad_()
             with torch.enable_grad():
                 loss = self._loss_of_one(at, *this)
-            rows.append(torch.autograd.grad(loss, at)[0])
+            if loss.requires_grad:
+                (row,) = torch.autograd.grad(loss, at, allow_unused=True, materialize_grads=True)
+                rows.append(row)
+            else:
+                rows.append(torch.zeros_like(theta))
         return torch.stack(rows)
 
     def gradients(self, theta: Tensor, batches: Iterable[Batch], at_once: int) -> Iterator[Tensor]:

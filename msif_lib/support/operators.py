@@ -10,6 +10,7 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
+from msif_lib.support.arguments import dense
 from msif_lib.support.state import OwnState, in_own_state
 
 # Columns of the identity multiplied at once by dense().
@@ -59,7 +60,10 @@ class LinearOperator(OwnState, ABC):
         ------
         ValueError
             `x` has another length, dtype or device than the operator.
+        TypeError
+            `x` is no dense tensor.
         """
+        dense("x", x)
         if x.dim() not in (1, 2) or x.shape[0] != self.shape[1]:
             raise ValueError(
                 f"operator of shape {self.shape} cannot be applied to {tuple(x.shape)}"

@@ -63,9 +63,9 @@ def numbers_among(name: str, numbers: Iterable[int], among: Block) -> Block:
     ValueError
         A parameter has no such number; the message begins with `name`.
     """
-    many = isinstance(numbers, Iterable) and not isinstance(numbers, Tensor)
-    chosen = tuple(numbers) if many else (numbers,)
-    if not all(type(number) is int and number in among for number in chosen):
+    many = isinstance(numbers, Iterable) and not isinstance(numbers, Tensor | Mapping)
+    chosen = tuple(numbers) if many else ()
+    if not many or not all(type(number) is int and number in among for number in chosen):
         raise ValueError(f"{name}: there are parameters 0..{len(among) - 1}, not {numbers!r:.60}")
     return tuple(sorted({*chosen}))
 
