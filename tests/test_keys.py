@@ -6,7 +6,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from msif_lib import Chain, SingleStageInfluence, Stage, cross_entropy
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
 from msif_lib.influence import StationarityWarning
-from msif_lib.links import Frozen, Optimum, Stopped
+from msif_lib.links import Frozen, Optimum, Stopped, Unrolled
 from msif_lib.solvers import Dense, MinRes
 from msif_lib.support.fingerprint import fingerprint, words_of
-from msif_lib.support.identity import Identity
-from msif_lib.training import train
+from msif_lib.support.identity import Identity, held_by_each
+from msif_lib.training import SGD, descend, train
 
 pytestmark = pytest.mark.numeric
 N = 53
@@ -164,6 +164,49 @@ def test_no_address_is_part_of_it(address):
             return f"<function f at {address}>"
 
     assert words_of(Named()) == "Named(<function f>)"
+
+
+def test_one_gpu_of_a_machine_is_as_good_as_another(monkeypatch):
+    """For what was interrupted on one; and processes hold the same stage, each on its own."""
+    stage = stage_of()
+    found = []
+    for device in ("cuda:0", "cuda:1", "cpu"):
+        monkeypatch.setattr(Stage, "device", torch.device(device))
+        found.append(held_by_each(stage, stage.examples, stage.weights))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("form", ["tensors", "data set"])
+def test_what_augmentation_gives_is_part_of_a_recorded_training(form):
+    def shift(by: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: x + by * torch.randn(len(x), 1, dtype=x.dtype)
+
+    data = examples()
+    stage = stage_of(data=data if form == "tensors" else TensorDataset(*data))
+    given = {"noise_seed": 5, "augment": shift(0.1), "progress": False}
+    path = descend(stage, SGD(0.1), 2, 8, 0, **given)
+    before = torch.random.get_rng_state()
+    known = Unrolled(stage, path).identity()
+    if form == "tensors":  # a DataLoader draws from the generator itself
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert known.same(Unrolled(stage, replace(path, augment=shift(0.1))).identity())
+    for other in (shift(0.1 + 1e-6), lambda x: x, None):
+        assert not known.same(Unrolled(stage, replace(path, augment=other)).identity())
+
+
+def test_what_a_model_does_in_training_alone_is_part_of_a_recorded_training():
+    stage = stage_of()
+    by = [1.0]
+    stage.embedding.register_forward_hook(
+        lambda module, inputs, out: out * by[0] if module.training else out
+    )
+    stage.embedding.eval()
+    path = descend(stage, SGD(0.1), 1, 8, 0, noise_seed=5, progress=False)
+    known, of_stage = Unrolled(stage, path).identity(), stage.identity()
+    assert known.same(Unrolled(stage, path).identity())
+    by[0] = 1.001
+    assert of_stage.same(stage.identity())
+    assert not known.same(Unrolled(stage, path).identity())
 
 
 def test_batches_and_padding_are_no_part_of_it():

@@ -189,7 +189,7 @@ class ShardedReader(Reader):
                 told = [(work(), None)]
             except Exception as error:
                 refusal, told = error, [(None, _told(error))]
-        first = dist.get_global_rank(self.group or dist.group.WORLD, 0)
+        first = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(told, first, self.group)
         found, said = told[0]
         if said is not None:

@@ -205,7 +205,7 @@ def _computed(
 
 def _described(model: Model, theta: Tensor) -> list[object]:
     """What a model is at parameters ``(p,)``, but for what its code computes."""
-    settings = [model.names, model.shared, model.trained, model.l2, str(model.device)]
+    settings = [model.names, model.shared, model.trained, model.l2, model.device.type]
     return [theta, dict(model.model.named_buffers()), words_of(model.model), settings]
 
 
