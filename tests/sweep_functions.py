@@ -40,8 +40,8 @@ def chance() -> Iterator[Case]:
     yield functional("F.rrelu_ training", training=True)
     yield functional("F.gumbel_softmax", 0.7)
     yield functional("F.gumbel_softmax hard", 0.7, hard=True)
-    yield functional("F.fractional_max_pool2d", 2, 1, shape=(1, 3, 3))
-    yield functional("F.fractional_max_pool3d_with_indices", 2, 1, shape=(1, 3, 3, 3))
+    yield functional("F.fractional_max_pool2d", 2, 3, shape=(1, 7, 7))
+    yield functional("F.fractional_max_pool3d_with_indices", 2, 3, shape=(1, 7, 7, 7))
 
 
 def shaped() -> Iterator[Case]:

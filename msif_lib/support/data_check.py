@@ -67,7 +67,7 @@ class DataCheck:
         share = self._reader.share
         if not share:
             return
-        with self._generators.kept(), torch.no_grad():
+        with self._generators.kept(), self._model.kernels(), torch.no_grad():
             with self._model.held.watched():
                 first = share[: min(batch_size, _FIRST)]
                 self._pass_over(first, len(first))
