@@ -57,7 +57,7 @@ def stages(labels: int = 0) -> tuple[Stage, Stage, tuple[Tensor, Tensor]]:
         return made
 
     embedding = nn.Sequential(module(3, 3), nn.Tanh())
-    settings = {"l2": 0.1, "batch_size": 5, "check": False}
+    settings = {"l2": 0.1, "batch_size": 10, "check": False}
     first = Stage(embedding, module(3, 2), cross_entropy, (x, y), **settings)
     second = Stage(embedding, module(3, 2), cross_entropy, (x.flip(0), y), **settings)
     return first, second, (x[:4] + 1, y[:4])
