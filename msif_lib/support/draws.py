@@ -116,8 +116,8 @@ class Chance:
         if who is None:
             who = innermost(model, evaluate, self._generators.states) or "the loss"
         raise ValueError(
-            f"the model or loss depends on chance: {who} draws random numbers; switch its "
-            "randomness off (module.eval())"
+            f"the model or loss depends on chance: random numbers change what {who} "
+            "returns; switch them off (module.eval())"
         )
 
 
