@@ -93,7 +93,8 @@ def instance(name: str, value: Any, kind: type, mend: str = "") -> Any:
     """An object of a class; the message of another ends with `mend`."""
     if not isinstance(value, kind):
         shown = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-        raise TypeError(f"{name} must be a {kind.__name__}{mend}, not {shown}")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}{mend}, not {shown}")
     return value
 
 
