@@ -547,3 +547,194 @@ def test_what_is_checked_is_named_before_any_work(check):
     model.forward = None  # a call would fail
     with pytest.raises(ValueError, match=r'check must be True, "data" or False, not'):
         stage_of(model, check=check)
+
+
+# --- losses of which nothing but rounding is left -------------------------------------------------
+
+
+def squares(outputs, targets):
+    return (outputs - targets).square().mean(1)
+
+
+def distances(outputs, targets):
+    return (outputs - targets).abs().mean(1)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["double", "single"])
+@pytest.mark.parametrize("loss", [squares, distances])
+def test_targets_that_are_fitted_exactly_are_no_fault(loss, dtype):
+    torch.manual_seed(0)
+    inputs = torch.randn(20, 6, dtype=dtype)
+    model = nn.Linear(6, 3).to(dtype)
+    Stage.of(model, loss, (inputs, model(inputs).detach()))
+    same = nn.Linear(6, 6, bias=False).to(dtype)
+    same.weight.data.copy_(torch.eye(6))
+    Stage.of(same, loss, (inputs, inputs))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    Stage.of(model, loss, (inputs, torch.zeros(20, 3, dtype=dtype)))
+
+
+@pytest.mark.filterwarnings("ignore::msif_lib.support.probe.DerivativeWarning")
+@pytest.mark.parametrize("margin", [5.0, 12.0, 20.0, 30.0, 36.0, 60.0, 200.0])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=["double", "single"])
+def test_margins_at_which_losses_are_rounded_to_nothing_are_no_fault(dtype, margin):
+    torch.manual_seed(0)
+    inputs = torch.randn(20, 6, dtype=dtype)
+    targets = (inputs[:, 0] > 0).long()
+    inputs[:, 0] += inputs[:, 0].sign()
+    model = nn.Linear(6, 2).to(dtype)
+    with torch.no_grad():
+        model.weight.zero_()[1, 0] = margin
+    Stage.of(model, cross_entropy, (inputs, targets))
+    Stage.of(Float32Only(model), cross_entropy, (inputs.float(), targets))
+
+
+# --- gradients that hooks change ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [1e-4, 0.1, 3.0, 1e3])
+def test_a_gradient_that_a_hook_clips_is_refused_whatever_the_bound(most):
+    def clipped(x):
+        h = x.tanh()
+        if h.requires_grad:
+            h.register_hook(lambda gradient: gradient.clamp(-most, most))
+        return h
+
+    with pytest.raises(DerivativeError) as refusal:
+        stage_of(Wrapped(clipped))
+    if most >= 0.1:  # too far off for this gradient, but not for a multiple
+        assert "embedding.first." in str(refusal.value)
+        assert "not in proportion" in str(refusal.value)
+        assert "register_hook" in str(refusal.value)
+
+
+def test_a_hook_that_only_looks_passes():
+    seen = []
+
+    def looked_at(x):
+        if x.requires_grad:
+            x.register_hook(lambda gradient: seen.append(gradient.norm()))
+        return x.tanh()
+
+    stage_of(Wrapped(looked_at))
+    assert seen
+
+
+# --- models that compute in single precision, or in half ------------------------------------------
+
+
+class Float32Only(nn.Module):
+    """Takes no other dtype."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model.float()
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return self.model(x)
+
+
+class Scaled(Function):
+    """The identity, the backward of which multiplies."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.scale * gradient, None
+
+
+class Deep(nn.Module):
+    """A network whose activations pass single precision; in its midst a backward multiplies."""
+
+    def __init__(self, width, activation, scale) -> None:
+        super().__init__()
+        layers = [nn.Linear(5, width), nn.Linear(width, width), nn.Linear(width, 3)]
+        self.layers = nn.ModuleList(layers)
+        self.activation, self.scale = activation, scale
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = self.activation(layer(x)).float().to(x.dtype)
+        return self.layers[-1](Scaled.apply(x, self.scale))
+
+
+@pytest.mark.parametrize("width", [64, 256])
+@pytest.mark.parametrize("activation", [torch.relu, torch.tanh])
+def test_a_tenth_of_a_gradient_shows_in_single_precision_and_none_where_nothing_is_wrong(
+    activation, width
+):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        examples = torch.randn(40, 5, dtype=F64), torch.randint(3, (40,))
+        single = examples[0].float(), examples[1]
+        for scale in (1.1, 0.9, 0.78):
+            model = Deep(width, activation, scale).to(F64)
+            with pytest.raises(DerivativeError, match=r"layers\.[01].*is off by.*Scaled\)"):
+                Stage.of(model, cross_entropy, examples)
+            with pytest.raises(DerivativeError, match=r"layers\.[01].*is off by.*Scaled\)"):
+                Stage.of(Float32Only(model), cross_entropy, single)
+        model = Deep(width, activation, 1.0).to(F64)
+        Stage.of(model, cross_entropy, examples)
+        Stage.of(Float32Only(model), cross_entropy, single)
+
+
+class HalfOnly(nn.Module):
+    """Computes in half precision whatever it is given; an encoder perhaps without gradients."""
+
+    def __init__(self, detached) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = nn.Linear(3, 16), nn.Linear(16, 2)
+        self.detached = detached
+
+    def forward(self, x):
+        x = x.bfloat16()
+        h = F.linear(x, self.encoder.weight.bfloat16(), self.encoder.bias.bfloat16()).tanh()
+        h = h.detach() if self.detached else h
+        return F.linear(h, self.head.weight.bfloat16(), self.head.bias.bfloat16()).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_no_gradient_reaches_is_found_in_half_precision(dtype):
+    inputs, targets = data(dtype)
+    Stage.of(HalfOnly(False).to(dtype), cross_entropy, (inputs, targets))
+    with pytest.raises(DerivativeError, match=r"depend on encoder\..*no gradient reaches it"):
+        Stage.of(HalfOnly(True).to(dtype), cross_entropy, (inputs, targets))
+
+
+# --- finite losses whose gradient is not, parameters without a part -------------------------------
+
+
+@pytest.mark.parametrize("check", [True, "data"])
+def test_a_gradient_that_is_not_finite_is_found_when_the_stage_is_made(check):
+    inputs = data()[0]
+    inputs[:, 0] = 1.0
+    inputs[3] = 0.0
+    targets = torch.zeros(12, 4, dtype=F64)
+    model = nn.Linear(3, 4, bias=False).to(F64)
+
+    def made():
+        return Stage.of(model, lambda o, t: (o - t).norm(dim=1).sqrt(), (inputs, targets))
+
+    if check == "data":
+        Stage.of(model, lambda o, t: (o - t).norm(dim=1).sqrt(), (inputs, targets), check=check)
+        return
+    with pytest.raises(ValueError, match=r"loss of example 3 is not finite in weight"):
+        made()
+
+
+def test_how_many_examples_have_no_part_of_a_parameter_is_said():
+    model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)]).to(F64)
+    model.forward = lambda x: model[0](x)
+    inputs = torch.randn(600, 3, dtype=F64)
+    targets = torch.randint(2, (600,))
+    with pytest.warns(DerivativeWarning, match=r"no loss of the first 512 .*dead or saturated"):
+        stage_of(model, (inputs, targets))
+    with pytest.warns(DerivativeWarning, match=r"no loss depends on embedding\.1\.weight"):
+        stage_of(model, (inputs[:500], targets[:500]))

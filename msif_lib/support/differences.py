@@ -8,7 +8,8 @@ are none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,9 @@ from msif_lib.support.substitutes import Padding
 # Steps in units of the parameters' size, in the order in which they are tried. In double precision
 # the small ones keep clear of kinks, the large ones of what a model rounds to single precision.
 _DOUBLE_STEPS, _SINGLE_STEPS = (1e-5, 1e-7, 1e-9, 3e-3, 3e-4), (3e-3, 1e-3, 1e-2, 3e-4)
+# Along a gradient in single precision: shares of the loss that a step changes, and the share of its
+# size by which it moves a parameter at most.
+_CHANGES, _FARTHEST = (0.01, 0.03, 0.003, 0.001), 0.1
 # What differences may be off, relatively. In double precision those of clean models stay below
 # 1e-9; the faults that were met are above 5e-3. In single precision, ε ≈ 1e-7, the best step leaves
 # ε^(2/3) ≈ 3e-5 of a value, and more of a small slope.
@@ -29,10 +33,23 @@ _DOUBLE_TOLERANCE, _SINGLE_TOLERANCE = 1e-4, 5e-3
 _SETTLED = 0.2
 # Directions that are asked about a fault; one alone may hide it.
 _WITNESSES = 4
+# A difference says nothing below so many roundings of what is subtracted.
+_ROUNDINGS = 4
+# The rounding of numbers of so many bytes.
+_EPS = {8: torch.finfo(torch.float64).eps, 4: torch.finfo(torch.float32).eps,
+        2: torch.finfo(torch.bfloat16).eps, 1: 0.25}  # fmt: skip
+# Powers of two, by which a gradient is multiplied without rounding.
+_SCALES = (2.0**20, 2.0**-20)
+# How far multiples must stay from the largest and the smallest numbers.
+_FAR = 1e10
+# The step and the number of roundings by which a loss in half precision depends on a parameter.
+_COARSE_STEPS, _COARSE_ROUNDINGS = (0.2, 0.1), 2
 # The share of the largest below which the parts of a gradient are held against the largest.
 _SMALL = 1e-2
 # No direction makes up for slopes that are smaller than this share of the largest.
 _HIDDEN = 1e-3
+# What a multiple of a gradient may be off, for numbers that are too small to be multiplied.
+_BENT = 1e-4
 # The share of a value below which its slopes drown in rounding.
 _DROWNED = 1e-5
 
@@ -91,7 +108,7 @@ class Point:
         self._slope = self._differentiated(self.total, self._leaf, True)
         self.gradient = self._slope.detach()
         self._units = units(self._parameters.views(theta))
-        size = _coarsest(self.total)
+        self.digits = size = _coarsest(self.total)
         self._steps = _DOUBLE_STEPS if size == 8 else _SINGLE_STEPS
         self._tolerance = _DOUBLE_TOLERANCE if size == 8 else _SINGLE_TOLERANCE
         # In half precision differences say nothing. In single precision steps are so large that
@@ -147,24 +164,67 @@ class Point:
         """
         for _ in range(directions if order in self._orders else 0):
             found = self._compared(order, block)
-            if found.settled:
-                others = [self._compared(order, block).settled for _ in range(_WITNESSES)]
-                return found if sum(others) > _WITNESSES // 2 else None
+            if found.settled and self._agreed(order, block):
+                return found
+        if self.digits == 4 and order == 1:
+            parts = [block[len(block) * k // n : len(block) * (k + 1) // n]
+                     for n in (1, 2, 4) for k in range(n)]  # fmt: skip
+            for part in filter(None, dict.fromkeys(parts)):
+                found = self._along_gradient(part)
+                if found.settled:
+                    return found
+        if self.digits < 4 and order == 1:
+            tries = (self._detached_coarsely(block) for _ in range(_WITNESSES))
+            return next((found for found in tries if found), None)
         return None
+
+    def bent(self) -> Block:
+        """Parameters of whose gradient a multiple is not that of a multiple of the losses.
+
+        Of a backward pass that is linear all are exact: the multiples are powers of two.
+        """
+        if not (self.total.requires_grad and self.digits >= 4):
+            return ()
+        sizes = self._sizes(self.gradient)
+        lower = torch.maximum(sizes, _DROWNED * sizes.max())
+        off = torch.zeros_like(sizes, dtype=torch.bool)
+        known = torch.finfo(torch.float32 if self.digits == 4 else self.total.dtype)
+        for scale in _SCALES:
+            if not known.tiny * _FAR < float(sizes.max()) * scale < known.max / _FAR:
+                continue
+            (scaled,) = torch.autograd.grad(
+                self.total, self._leaf, self.total.new_tensor(scale), retain_graph=True,
+                allow_unused=True, materialize_grads=True,
+            )  # fmt: skip
+            off |= self._sizes(scaled / scale - self.gradient) > _BENT * lower
+        return tuple(off.nonzero().flatten().tolist())
 
     def culprits(self, order: int, block: Block) -> Block:
         """Of the parameters with a fault, the last that has it, found by halving."""
         while len(block) > 1:
             half = len(block) // 2
             parts = block[half:], block[:half]
-            found = next((part for part in parts if self._off(order, part)), None)
+            plain = order == 1 and self.digits == 4 and self._along_gradient(block).settled
+            found = next((part for part in parts if self._off(order, part, plain)), None)
             if found is None:
                 break
             block = found
         return block
 
-    def _off(self, order: int, block: Block) -> bool:
+    def _off(self, order: int, block: Block, plain: bool) -> bool:
+        """Whether a block has a fault, which along the gradient is `plain` or not."""
+        if plain and self._along_gradient(block).settled:
+            return True
+        if plain and self._sizes(self.gradient)[list(block)].all():
+            return self._agreed(order, block)
+        if self.digits < 4:
+            return any(self._detached_coarsely(block) for _ in range(_WITNESSES))
         return any(self._compared(order, block).error for _ in range(_WITNESSES))
+
+    def _agreed(self, order: int, block: Block) -> bool:
+        """Whether most directions find a fault."""
+        found = [self._compared(order, block).settled for _ in range(_WITNESSES)]
+        return sum(found) > _WITNESSES // 2
 
     def _compared(self, order: int, block: Block) -> Fault:
         return (self._of_losses if order == 1 else self._of_gradients)(block)
@@ -173,13 +233,90 @@ class Point:
         v = self.direction(block)
         # As it is a sum of terms of either sign, not the slope itself.
         scale = (self.gradient * v).norm() + _DROWNED * self.value.abs()
+        scale = scale.clamp_min(torch.finfo(scale.dtype).tiny ** 0.5)
 
-        def at(step: float) -> Tensor:
-            with self._padding.repeated(), torch.no_grad():
-                return self._function(self._leaf + step * v)
+        def measure(x: Tensor, slack: float = 0.0) -> float:
+            return float((x.abs() - slack).clamp_min(0) / scale)
 
         exact = self.gradient @ v
-        return self._settled(1, at, self.value, exact, lambda x: float(x.abs() / scale))
+        return self._settled(1, partial(self._at, v), self.value, exact, measure, self._steps)
+
+    def _at(self, v: Tensor, step: float) -> Tensor:
+        """The function a step away."""
+        with self._padding.repeated(), torch.no_grad():
+            return self._function(self._leaf + step * v)
+
+    @cached_property
+    def _usual(self) -> float:
+        """The size of the function at other parameters of the same sizes, and here."""
+        v = self._random(self._parameters.all, torch.ones(len(self._units), device="cpu"))
+        values = [self.value]
+        for sign in (1, -1):
+            try:
+                with self._padding.repeated(), torch.no_grad():
+                    values.append(self._function(sign * v))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever the user's code says to other parameters
+                continue
+        return max(float(value.abs()) for value in values if value.isfinite())
+
+    def _along_gradient(self, block: Block) -> Fault:
+        """Differences in single precision where slopes are largest, by the sum of some directions.
+
+        There terms cannot cancel, and kinks are many small ones to either side.
+        """
+        sizes = self._sizes(self.gradient)
+        least = torch.maximum(sizes, _SMALL * sizes[list(block)].max())
+        shares = [unit**2 / float(size) ** 2 if size else 0.0
+                  for unit, size in zip(self._units, least)]  # fmt: skip
+        off = total = 0.0
+        found = none = Fault(1, 0.0, 0.0, 0.0, False)
+        for _ in range(_WITNESSES):
+            weights = torch.empty_like(self.gradient).uniform_(0.5, 1.5, generator=self._generator)
+            parts = zip(self._parameters.views(weights), self._parameters.views(self.gradient))
+            v = torch.cat([
+                (weight * part * (share if number in block else 0.0)).reshape(-1)
+                for number, (share, (weight, part)) in enumerate(zip(shares, parts))
+            ])  # fmt: skip
+            exact = self.gradient @ v
+            if not exact > 0:
+                return none
+            moves = [float(part.norm()) / (unit * max(1, part.numel()) ** 0.5)
+                     for unit, part in zip(self._units, self._parameters.views(v))]  # fmt: skip
+            whole = min(float(self.value.abs() / exact), _FARTHEST / _CHANGES[0] / max(moves))
+            if not whole > 0:
+                return none
+            steps = [share * whole for share in _CHANGES]
+
+            def measure(x: Tensor, slack: float = 0.0, exact: Tensor = exact) -> float:
+                return float((x.abs() - slack).clamp_min(0) / exact)
+
+            one = self._settled(1, partial(self._at, v), self.value, exact, measure, steps)
+            if not one.settled:
+                return none
+            off, total = off + one.measured - one.exact, total + one.exact
+            found = one
+        return replace(found, settled=abs(off) > self._tolerance * total, error=abs(off) / total)
+
+    def _detached_coarsely(self, block: Block) -> Fault | None:
+        """What no gradient reaches and large steps tell of, in half precision too."""
+        parts = self._parameters.views(self.gradient)
+        block = tuple(number for number in block if not parts[number].any())
+        if not block or not self.finite:
+            return None
+        v = self._random(block, torch.ones(len(self._units), device="cpu"))
+        rounding = _COARSE_ROUNDINGS * _EPS[self.digits] * float(self.value.abs())
+        slopes = []
+        for step in _COARSE_STEPS:
+            up, down = self._at(v, step), self._at(v, -step)
+            change, bend = float(up - down), float(up - 2 * self.value + down)
+            if not abs(change) > max(rounding, 2 * abs(bend)):
+                return None
+            slopes.append(change / (2 * step))
+        if abs(slopes[0] - slopes[1]) > 0.5 * abs(slopes[1]):
+            return None
+        return Fault(1, float("inf"), 0.0, abs(slopes[1]), True)
 
     def _of_gradients(self, block: Block) -> Fault:
         v = self._random(block, torch.ones(len(self._units), device="cpu"))
@@ -198,10 +335,10 @@ class Point:
             with self._padding.repeated():
                 return self._differentiated(self._function(leaf), leaf)
 
-        def measure(x: Tensor) -> float:
-            return float((self._sizes(x) / scales).max())
+        def measure(x: Tensor, slack: float = 0.0) -> float:
+            return float(((self._sizes(x) - slack).clamp_min(0) / scales).max())
 
-        return self._settled(2, at, self.gradient, exact, measure)
+        return self._settled(2, at, self.gradient, exact, measure, self._steps)
 
     def _settled(
         self,
@@ -209,20 +346,24 @@ class Point:
         at: Callable[[float], Tensor],
         here: Tensor,
         exact: Tensor,
-        measure: Callable[[Tensor], float],
+        measure: Callable[..., float],
+        steps: Sequence[float],
     ) -> Fault:
-        """How central differences contradict `exact`.
+        """How central differences contradict `exact`, by steps at which they rise above rounding.
 
         Where nothing has a size, `measure` divides zero by zero, and nothing is contradicted.
         """
         off: list[tuple[float, Tensor, float]] = []
         best, measured = float("inf"), float("nan")
-        for step in self._steps:
+        for step in steps:
             up, down = at(step), at(-step)
             slope = (up - down) / (2 * step)
             error = measure(slope - exact)
             if error <= self._tolerance:
                 return Fault(order, 0.0, float(exact.norm()), float(slope.norm()), False)
+            rounding = _ROUNDINGS * _EPS[self.digits] * self._usual / step
+            if not measure(slope - exact, rounding) > self._tolerance:
+                continue
             if error < best:
                 best, measured = error, float(slope.norm())
             # At a kink the slopes to both sides differ, and so they do where rounding rules.
