@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from msif_lib import Chain, Stage, cross_entropy, descent, lanczos, links, retraining, training
@@ -421,3 +424,41 @@ def test_a_chain_warns_of_them(precision):
     precision("medium")
     with pytest.warns(UserWarning, match="float32 is multiplied with the three digits"):
         Chain([links.Optimum(stage)], stationarity_tol=float("inf"), progress=False)
+
+
+# --- names of torch's own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        ("torch._C._functorch", "peek_interpreter_stack",
+         "calls within torch.func.grad or vmap would not be refused"),
+        ("torch", "_weight_norm",
+         "second derivatives of weight_norm would be wrong, and refused by the probe alone"),
+        ("torch.utils.checkpoint", "CheckpointFunction",
+         "reentrant checkpoints would give parameters no derivative"),
+        ("torch.utils.checkpoint", "_checkpoint_without_reentrant_generator",
+         "checkpoints would be recomputed with other parameters"),
+        ("torch.nn.utils.weight_norm", "_weight_norm",
+         "second derivatives of nn.utils.weight_norm would be wrong"),
+    ],
+)  # fmt: skip
+def test_torch_has_the_private_names_that_are_relied_on(owner, name, broken):
+    home = sys.modules.get(owner) or attrgetter(owner.removeprefix("torch."))(torch)
+    assert callable(getattr(home, name, None)), f"torch has no {owner}.{name} any more: {broken}"
+
+
+def test_nodes_of_a_graph_say_in_which_numbers_they_compute():
+    """Else the probe would look at a model that rounds within as if it did not."""
+    value = torch.ones(3, requires_grad=True, dtype=torch.float64).float().sum()
+    assert {one.dtype for one in value.grad_fn._input_metadata} == {torch.float32}
+
+
+def test_a_torch_without_them_still_works(monkeypatch):
+    stage = Modules().stages()[0]
+    expected = stage.gradient()
+    monkeypatch.delattr(torch.utils.checkpoint, "_checkpoint_without_reentrant_generator")
+    monkeypatch.delattr(torch, "_weight_norm")
+    assert torch.equal(stage.gradient(), expected)
+    assert not hasattr(torch, "_weight_norm")

@@ -24,6 +24,9 @@ from msif_lib.support.notices import warn_caller
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# The transform of torch.func that is under way. Of a torch without this name nobody is told what
+# becomes of a call within one.
+_transform = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 # Special methods that do work, beside the public ones.
 _SPECIAL = {"__init__", "__post_init__", "__call__", "__matmul__"}
 # Whether this thread is within a public call already.
@@ -40,7 +43,7 @@ def own_state() -> Iterator[None]:
         Called within a transform of torch.func, which would see no derivative of what is
         differentiated here; a tensor made in inference mode would have to be differentiated.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transform() is not None:
         raise RuntimeError(
             "called within a transform of torch.func (grad, vmap, jvp, ...), which does not reach "
             "through what differentiates by itself; call it outside, or transform stage.losses_at, "
@@ -67,15 +70,16 @@ def own_state() -> Iterator[None]:
             _within.reset(token)
 
 
-def in_own_state(function: Callable[P, R]) -> Callable[P, R]:
+def in_own_state(function: Callable[P, R], reads: bool = False) -> Callable[P, R]:
     """A function that runs in :func:`own_state`; of an iterator, each step, and not its caller.
 
-    Tensors made in inference mode are copied, for no derivative may meet them.
+    Tensors made in inference mode are copied, for no derivative may meet them. What only reads an
+    attribute may do so within a transform of torch.func, of which it is given nothing.
     """
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _within.get() and _unchanged():
+        if (_within.get() and _unchanged()) or (reads and _transform() is not None):
             result = function(*args, **kwargs)
         else:
             with own_state():
@@ -94,7 +98,7 @@ def _unchanged() -> bool:
         torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not any(map(torch.is_autocast_enabled, AUTOCASTING))
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _transform() is None
     )
 
 
@@ -165,5 +169,5 @@ def _held(member: Any) -> Any:
     if isinstance(member, classmethod | staticmethod):
         return type(member)(in_own_state(member.__func__))
     if isinstance(member, property):
-        return member.getter(in_own_state(member.fget)) if member.fget else member
+        return member.getter(in_own_state(member.fget, reads=True)) if member.fget else member
     return in_own_state(member) if isfunction(member) else member

@@ -152,7 +152,8 @@ def _nothing_around(*arguments: Any, **named: Any) -> Iterator[None]:
     yield
 
 
-# Where it is looked up, under which name, and what is found there instead.
+# Where it is looked up, under which name, and what is found there instead. A name that torch has
+# no more is passed over: the probe of derivatives then tells.
 _SUBSTITUTES: list[tuple[Any, str, Callable[..., Any]]] = [
     (torch, "embedding", _embedding),
     (torch, "embedding_bag", _embedding_bag),
@@ -179,8 +180,9 @@ def _chosen(own: Any, substitute: Callable[..., Any]) -> Any:
 
 @contextmanager
 def _exchanged() -> Iterator[None]:
-    kept = [(place, name, getattr(place, name)) for place, name, _ in _SUBSTITUTES]
-    for (place, name, own), (*_, substitute) in zip(kept, _SUBSTITUTES):
+    there = [one for one in _SUBSTITUTES if hasattr(*one[:2])]
+    kept = [(place, name, getattr(place, name)) for place, name, _ in there]
+    for (place, name, own), (*_, substitute) in zip(kept, there):
         setattr(place, name, _chosen(own, substitute))
     try:
         yield
