@@ -187,7 +187,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(mlp, tmp_path, monkeypatc
     for number, link in enumerate(influence.links):
         monkeypatch.setattr(type(link), "pull_back", lambda *args, one=solved[number]: one)
     examples.read.clear()
-    known = 31  # read once for the key; one more example to try vmap with; then the sweep
+    # Read once for the key and once to see that the stage is as it was; one more example to try
+    # vmap with; then the sweep.
+    known = 2 * 31
     examples.strength = known + 1 + 18
     with pytest.raises(KeyboardInterrupt):
         influence.scores(mlp.test_data, per_test=True, out=out)
@@ -367,6 +369,7 @@ def test_few_batches_are_held_at_a_time(mlp, tmp_path):
 
 
 def test_self_influence_of_chosen_examples_reads_no_others(mlp):
+    """But once, to see that the stage is what its Hessian was made of."""
     stage = mlp.stages(batch_sizes=(4, 13))[0]
     examples = Counted(mlp.pretraining_data)
     stage = Stage(stage.embedding, stage.head, stage.loss, examples, stage.l2, 4)
@@ -375,9 +378,10 @@ def test_self_influence_of_chosen_examples_reads_no_others(mlp):
     examples.read.clear()
     assert torch.equal(influence.self_influence([]).values, every[:0])
     assert influence.self_influence([]).solves == ()
-    assert not examples.read
+    assert examples.read == 2 * [*range(31)]
+    examples.read.clear()
     check(influence.self_influence([30, 2, -3, 2], at_once=3).values, every[[30, 2, 28, 2]], 1e-12)
-    assert examples.read == [30, 2, 28, 2]
+    assert examples.read == [*range(31), 30, 2, 28, 2]
     mask = torch.arange(31) % 7 == 3
     check(influence.self_influence(mask).values, every[mask], 1e-12)
     with pytest.raises(ValueError, match="31"):
