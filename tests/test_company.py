@@ -182,6 +182,14 @@ def test_what_a_loss_holds_stays(kind, check):
     assert mine.calls == 0 and not mine.log
 
 
+def test_a_scripted_module_and_its_buffers_are_left_as_they_were():
+    norm = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    scripted = torch.jit.script(norm)
+    stage = of(scripted)
+    torch.testing.assert_close(stage.gradient(), of(norm).gradient())
+    assert all(torch.equal(one, two) for one, two in zip(scripted.buffers(), norm.buffers()))
+
+
 @pytest.mark.parametrize("name", MOVING)
 def test_evaluations_leave_what_a_module_holds_as_it_was(name):
     module = MOVING[name]()

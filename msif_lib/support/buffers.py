@@ -144,7 +144,12 @@ def _in(part: Any) -> list[Any]:
 
 
 def _entries(container: Any) -> dict[Any, Any]:
-    return dict(container if isinstance(container, dict) else enumerate(container))
+    return dict(container if _by_keys(container) else enumerate(container))
+
+
+def _by_keys(container: Any) -> bool:
+    """Of a dict, and of what holds a scripted module's buffers, which is none."""
+    return hasattr(container, "keys")
 
 
 class _Place:
@@ -176,7 +181,7 @@ class _Place:
         container, now = self._container, _entries(self._container)
         if list(now) == list(self._before) and all(now[k] is v for k, v in self._before.items()):
             return
-        if isinstance(container, dict):
+        if _by_keys(container):
             for key in now.keys() - self._before.keys():
                 del container[key]
             for key, value in self._before.items():
