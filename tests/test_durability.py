@@ -36,7 +36,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are started by fork")
 def test_kills_company_full_disks_and_read_only_folders():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.durability", "--kills", "5", "--together", "2"]
+    command = [sys.executable, "-m", "tests.durability", "--kills", "10", "--together", "2"]
     done = subprocess.run(
         [*command, "--spoil"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
