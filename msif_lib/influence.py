@@ -322,26 +322,8 @@ class Chain(OwnState):
             )
             for number, data in chosen.items()
         }
-        kept = None if folder is None else self._kept(folder, test, per_test, scored)
+        kept = None if folder is None else _kept(self, folder, test, per_test, scored)
         return _Call(partial(self.test_gradients, test, per_test), per_test, scored, kept)
-
-    def _kept(
-        self, folder: Folder, test: Batch, per_test: bool, scored: Mapping[int, Stage]
-    ) -> Kept:
-        """Where the results of a call are kept, by all that they depend on."""
-        for link in self.links:
-            check_known(link)
-        tested = self._last().with_data(test, "test data", check=False)
-        columns = (tested.size,) if per_test else ()
-        stages = [scored.get(number, link.stage) for number, link in enumerate(self.links)]
-        identity = Identity.of(
-            per_test,
-            tested.identity(self.links[-1].vector()),
-            [link.identity() for link in self.links],
-            [over.identity(link.vector()) for over, link in zip(self._hand_overs, self.links)],
-            {number: of.identity(self.links[number].vector()) for number, of in scored.items()},
-        )
-        return Kept(folder, identity, [(one.size, *columns) for one in stages], tested.dtype)
 
     def _back(self, call: _Call) -> Iterator[tuple[int, PulledBack]]:
         """λ = dq/dx from link to link, and what each gives; the last first."""
@@ -433,6 +415,25 @@ class _Call:
     per_test: bool
     scored: Mapping[int, Stage]
     kept: Kept | None
+
+
+def _kept(
+    chain: Chain, folder: Folder, test: Batch, per_test: bool, scored: Mapping[int, Stage]
+) -> Kept:
+    """Where the results of a call are kept, by all that they depend on."""
+    for link in chain.links:
+        check_known(link)
+    tested = chain._last().with_data(test, "test data", check=False)
+    columns = (tested.size,) if per_test else ()
+    stages = [scored.get(number, link.stage) for number, link in enumerate(chain.links)]
+    identity = Identity.of(
+        per_test,
+        tested.identity(chain.links[-1].vector()),
+        [link.identity() for link in chain.links],
+        [over.identity(link.vector()) for over, link in zip(chain._hand_overs, chain.links)],
+        {number: of.identity(chain.links[number].vector()) for number, of in scored.items()},
+    )
+    return Kept(folder, identity, [(one.size, *columns) for one in stages], tested.dtype)
 
 
 def _checked(cotangent: Tensor, last: Stage) -> Tensor:

@@ -73,12 +73,7 @@ def functions_of(
         The tolerance was not reached.
     """
     check_limits(tol, max_iterations)
-    check_system(operator, b)
-    if b.dim() != 2 or tuple(operator.shape) != (len(b), len(b)):
-        raise ValueError(
-            f"b must hold columns (p, k) that fit the operator of shape {tuple(operator.shape)}, "
-            f"not {tuple(b.shape)}"
-        )
+    check_system(operator, b, columns=True)
     if tol is None:
         tol = 1e-8 if b.dtype == torch.float64 else 1e-4
     limit, dtype = min(len(b), max_iterations or 300), b.dtype

@@ -24,9 +24,7 @@ from msif_lib.support.arguments import check_target, check_vector, indices_of
 from msif_lib.support.capabilities import Capabilities
 from msif_lib.support.checks import (
     IGNORED,
-    check_functions,
     check_given,
-    check_settings,
     checked_weights,
 )
 from msif_lib.support.data import Batch, Examples, map_leaves
@@ -200,20 +198,6 @@ class Stage(OwnState, Model):
         )
         stage._set_data(data, weights, check)
         return stage
-
-    def _set(
-        self,
-        loss: Loss,
-        l2: float,
-        batch_size: int,
-        regularizer: Regularizer | None,
-        memory_budget: int | None,
-        hands_on: HandsOn | None,
-    ) -> None:
-        check_settings(l2, batch_size, memory_budget)
-        check_functions(loss, regularizer=regularizer, hands_on=hands_on)
-        self.loss, self.l2, self.batch_size = loss, l2, batch_size
-        self.regularizer, self.memory_budget, self.hands_on = regularizer, memory_budget, hands_on
 
     def _set_data(
         self,
@@ -418,16 +402,12 @@ class Stage(OwnState, Model):
     ) -> Stage:
         """A deep copy in another dtype or on another device; its data are read into memory."""
         check_target(dtype, device)
-
-        def move(leaf: Tensor) -> Tensor:
-            return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)
-
         other = copy.copy(self)
         model = copied(self.model).to(device=device, dtype=dtype)
         shared = [self.names[number] for number in self.shared]
         other._set_model(model, shared, None, self.mapping)
         other.trained = self.trained
-        inputs, targets = map_leaves(move, self.examples.tensors())
+        inputs, targets = map_leaves(partial(_moved, dtype, device), self.examples.tensors())
         reader = self.reader.moved_to(other.device)
         other._set_data((inputs, targets), self.weights if self.weighted else None, False, reader)
         return other
@@ -436,3 +416,7 @@ class Stage(OwnState, Model):
         """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
         at = self.vector() if at is None else at
         return identity_of(self, at, self.reader, self.chunk_size, self.weights, lasting)
+
+
+def _moved(dtype: torch.dtype | None, device: torch.device | str | None, leaf: Tensor) -> Tensor:
+    return leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None)

@@ -196,13 +196,15 @@ def check_target(dtype: Any, device: Any) -> None:
         raise ValueError(f"device {str(device)!r} is not there: {error}") from error
 
 
-def check_system(operator: Any, b: Any) -> None:
+def check_system(operator: Any, b: Any, columns: bool = False) -> None:
     """A matrix, known by its products, and dense floats as right-hand sides.
 
     Raises
     ------
     TypeError
         They are none.
+    ValueError
+        `columns` are wanted, and `b` is none that fits the matrix.
     """
     dense("b", b, "a tensor of right-hand sides")
     if not b.is_floating_point():
@@ -210,6 +212,11 @@ def check_system(operator: Any, b: Any) -> None:
     check_matrix("operator", operator)
     if isinstance(operator, Tensor) and operator.dtype != b.dtype:
         raise TypeError(f"operator is {operator.dtype}, b {b.dtype}; give both in one dtype")
+    if columns and (b.dim() != 2 or tuple(operator.shape) != (len(b), len(b))):
+        raise ValueError(
+            f"b must hold columns (p, k) that fit the operator of shape {tuple(operator.shape)}, "
+            f"not {tuple(b.shape)}"
+        )
 
 
 def check_matrix(name: str, matrix: Any) -> None:

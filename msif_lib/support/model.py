@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from msif_lib.support.arguments import check_rows, check_vector
 from msif_lib.support.buffers import Held
-from msif_lib.support.checks import check_given, check_memory, check_modes, check_parameters
+from msif_lib.support.checks import (
+    check_functions,
+    check_given,
+    check_memory,
+    check_modes,
+    check_parameters,
+    check_settings,
+)
 from msif_lib.support.data import Nested, rows_of
 from msif_lib.support.functional import PureModule, differentiable_kernels
 from msif_lib.support.parameters import Block, Parameters, aliases_of, matching
@@ -98,7 +105,25 @@ class Model:
     unreached: Block = ()
     loss: Loss
     l2: float
+    batch_size: int
     regularizer: Regularizer | None
+    memory_budget: int | None
+    hands_on: HandsOn | None
+
+    def _set(
+        self,
+        loss: Loss,
+        l2: float,
+        batch_size: int,
+        regularizer: Regularizer | None,
+        memory_budget: int | None,
+        hands_on: HandsOn | None,
+    ) -> None:
+        """All that a stage is beside its model and its data."""
+        check_settings(l2, batch_size, memory_budget)
+        check_functions(loss, regularizer=regularizer, hands_on=hands_on)
+        self.loss, self.l2, self.batch_size = loss, l2, batch_size
+        self.regularizer, self.memory_budget, self.hands_on = regularizer, memory_budget, hands_on
 
     def _set_model(
         self,
