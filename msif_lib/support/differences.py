@@ -24,7 +24,7 @@ from msif_lib.support.substitutes import Padding
 _DOUBLE_STEPS, _SINGLE_STEPS = (1e-5, 1e-7, 1e-9, 3e-3, 3e-4), (3e-3, 1e-3, 1e-2, 3e-4)
 # Along a gradient in single precision: shares of the loss that a step changes, and the share of its
 # size by which it moves a parameter at most.
-_CHANGES, _FARTHEST = (0.01, 0.03, 0.003, 0.001), 0.1
+_CHANGES, _FARTHEST = (0.01, 0.03, 0.003, 0.001), 0.003
 # What differences may be off, relatively. In double precision those of clean models stay below
 # 1e-9; the faults that were met are above 5e-3. In single precision, ε ≈ 1e-7, the best step leaves
 # ε^(2/3) ≈ 3e-5 of a value, and more of a small slope.
@@ -370,6 +370,8 @@ class Point:
             if measure(up - 2 * here + down) / step <= _SETTLED * error:
                 off.append((step, slope, error))
         off.sort(key=lambda one: one[0])
+        if steps is not self._steps:
+            off = off[:2]  # larger ones may agree on a slope that is nought, where all is saturated
         settled = any(
             measure(slope - other) <= _SETTLED * min(error, its)
             for (_, slope, error), (_, other, its) in pairwise(off)

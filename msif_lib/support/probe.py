@@ -2,10 +2,9 @@
 
 A few examples spread over the data are looked at, beside the parameters, where nothing is right by
 coincidence, and at them. Models of other dtypes are evaluated in double precision where they can.
-Of what computes in single precision whatever it is given, first derivatives alone are compared, and
-a fault of a tenth of a gradient shows; of one of 2 % it depends on the model, and what is below 1 %
-passes as a rule. Of what is rounded to half precision only parameters that no gradient reaches are
-told, from losses that change with them.
+Of what computes in single precision whatever it is given, first derivatives alone are compared: a
+fault of 2 % of a gradient shows, one of 1 % mostly, smaller ones may pass. Of what is rounded to
+half precision only parameters that no gradient reaches are told, from losses that change with them.
 """
 
 from __future__ import annotations
