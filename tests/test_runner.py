@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -638,6 +639,8 @@ def start(project: Path, removals: int, name: str = "slow") -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A suite that was put into the background ignores interrupts, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -680,7 +683,7 @@ def test_a_run_ends_with_its_runner(slow, how):
     wait_for(lambda: all((slow / f"there-{number}").exists() for number in (0, 1, 2)))
     assert len(alive(slow)) >= 5  # the runner, papermill, the kernel, its two workers
     first.send_signal(how)
-    first.wait()
+    first.wait(60)
     assert "FAILED" not in first.stdout.read()
     wait_for(lambda: not alive(slow), seconds=20)
     check_whole(slow, removals=1)
