@@ -78,6 +78,11 @@ class Batches(BatchSampler):
     def __len__(self) -> int:
         return -(-self.n // self.batch_size)
 
+    @property
+    def each_once(self) -> int:
+        """How many examples an epoch takes, each once: what a stage must know of its loader."""
+        return self.n
+
 
 @contextmanager
 def drawn_from(noise_seed: int, step: int) -> Iterator[None]:

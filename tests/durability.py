@@ -36,7 +36,6 @@ from msif_lib.support import storage
 from msif_lib.training import SGD, AdamW, descend, train, train_kept
 
 warnings.simplefilter("ignore")
-storage._BATCHES_A_STEP = 1  # many writings
 F64 = torch.float64
 
 
@@ -344,6 +343,7 @@ def spoiled(name: str, file: str, way: str, folder: Path, whole: list[Tensor]) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Try everything, and say what held."""
+    storage._BATCHES_A_STEP = 1  # many writings
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--together", type=int, default=24, help="pairs of processes")

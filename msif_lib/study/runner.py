@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -737,6 +737,14 @@ def lock(folder: Path) -> Iterator[None]:
         held.release()
 
 
+def _ended(pending: Sequence[Future[Outcome]]) -> Iterator[Future[Outcome]]:
+    """Yield what has ended, as it ends. Waking each second, no interrupt is overslept."""
+    left = set(pending)
+    while left:
+        done, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+        yield from done
+
+
 def run(
     root: Path = ROOT, profile: str = "default", names: Sequence[str] = (), jobs: int = 2
 ) -> list[Outcome]:
@@ -796,7 +804,7 @@ def run(
         for turn in turns:
             pending = [pool.submit(execute, root, profile, *one, children) for one in turn]
             try:
-                outcomes += [future.result() for future in as_completed(pending)]
+                outcomes += [future.result() for future in _ended(pending)]
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

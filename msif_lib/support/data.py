@@ -375,6 +375,8 @@ def _check_samplers(data: DataLoader) -> None:
     plain = SequentialSampler.__iter__, RandomSampler.__iter__
     if batches is None:
         raise ValueError("data is a DataLoader with batch_size=None; give it a batch_size")
+    if getattr(batches, "each_once", None) == _size_of(data.dataset):
+        return
     for sampler, known in (
         (data.sampler, plain),
         (batches, (BatchSampler.__iter__,)),
