@@ -289,12 +289,18 @@ def _folder(file: Path) -> None:
 
 
 #: What can happen to a file; None where it does not concern its kind.
+def _exchanged(content: bytes) -> bytes:
+    half = len(content) // 2
+    return content[half:] + content[:half]
+
+
 WAYS: dict[str, Callable[[Path, Path], None]] = {
     "flipped bit": lambda file, _: _bytes(file, _one_bit),
     "zeros": lambda file, _: _bytes(file, lambda content: bytes(len(content))),
     "truncated": lambda file, _: _bytes(file, lambda content: content[: len(content) * 2 // 3]),
     "empty": lambda file, _: file.write_bytes(b"") and None,
     "longer": lambda file, _: _bytes(file, lambda content: content + b"more"),
+    "halves exchanged": lambda file, _: _bytes(file, _exchanged),
     "text": lambda file, _: file.write_text("what is this?") and None,
     "another problem's": lambda file, other: shutil.copy(other, file) and None,
     "missing": lambda file, _: file.unlink(),
