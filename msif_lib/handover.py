@@ -14,7 +14,7 @@ from msif_lib.links import Frozen, Link, Optimum, Proximal
 from msif_lib.stage import Stage
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.functional import DerivativeError
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.parameters import Block, aliases_of, overlapping
 
@@ -152,15 +152,15 @@ class HandOver:
         given = self._given(vector)
         return torch.cat([given[name].reshape(-1) for name in self._wanted])
 
-    def identity(self, vector: Tensor) -> Identity:
+    def identity(self, vector: Tensor) -> ProblemIdentity:
         """What a hand-over at `vector` is known by, in results that are kept.
 
         A function has no digest that survives a session: its value and a derivative stand for it.
         """
         if not self.before.hands_on:
-            return Identity.of(self._wanted, self._numbers)
+            return ProblemIdentity.of(self._wanted, self._numbers)
         found = self.value(vector)[None], self._pulled_any_way(vector).T
-        return Identity(fingerprint(self._wanted), [one.cpu() for one in found])
+        return ProblemIdentity(fingerprint(self._wanted), [one.cpu() for one in found])
 
     def _pulled_any_way(self, vector: Tensor) -> Tensor:
         given = self.value(vector)

@@ -45,7 +45,7 @@ from msif_lib.stage import Stage
 from msif_lib.support.agreement import require_agreement
 from msif_lib.support.arguments import check_columns, flag, indices_of, listed, tolerance, whole
 from msif_lib.support.data import Batch
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.state import OwnState, warn_of_rounding
@@ -121,11 +121,11 @@ class Chain(OwnState):
         self._stationarity_tol = stationarity_tol
         self._look(self._identities())
 
-    def _identities(self) -> list[Identity]:
+    def _identities(self) -> list[ProblemIdentity]:
         """What the stages are, by what their code computes now."""
         return [link.stage.identity(link.vector(), lasting=False) for link in self.links]
 
-    def _look(self, identities: list[Identity]) -> None:
+    def _look(self, identities: list[ProblemIdentity]) -> None:
         """See that each stage begins where the one before ended, and how near an optimum it is."""
         self._known = identities
         self._operators: list[dict[str, LinearOperator]] = [{} for _ in self.links]
@@ -162,7 +162,7 @@ class Chain(OwnState):
         for link in self.links:
             link.stage.check_module()
         identities = self._identities()
-        if not all(map(Identity.same, self._known, identities)):
+        if not all(map(ProblemIdentity.same, self._known, identities)):
             self._look(identities)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -426,7 +426,7 @@ def _kept(
     tested = chain._last().with_data(test, "test data", check=False)
     columns = (tested.size,) if per_test else ()
     stages = [scored.get(number, link.stage) for number, link in enumerate(chain.links)]
-    identity = Identity.of(
+    identity = ProblemIdentity.of(
         per_test,
         tested.identity(chain.links[-1].vector()),
         [link.identity() for link in chain.links],

@@ -19,7 +19,7 @@ from msif_lib.solvers import Identity as IdentitySolver
 from msif_lib.solvers import SolveReport, SolverWarning
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.reader import Reader
 from msif_lib.support.storage import ScoresFile, check_out, refuse, unseen
@@ -136,7 +136,7 @@ class Kept:
     def __init__(
         self,
         folder: Folder,
-        identity: Identity,
+        identity: ProblemIdentity,
         shapes: Sequence[tuple[int, ...]],
         dtype: torch.dtype,
     ) -> None:
@@ -144,11 +144,11 @@ class Kept:
         self._key = self._reader.on_first(partial(self._claim, identity))
         self._reader.on_first(partial(self._require_room, shapes, max(4, dtype.itemsize)))
 
-    def _claim(self, identity: Identity) -> str:
+    def _claim(self, identity: ProblemIdentity) -> str:
         """Make the folder this problem's, or see that it is; the key that it is known by there."""
         known = self._store.get("problem")
-        if known is not None and Identity(**known).same(identity):
-            return Identity(**known).key
+        if known is not None and ProblemIdentity(**known).same(identity):
+            return ProblemIdentity(**known).key
         if self._folder.first.exists() or self._store.names("stage-*.npy.solution"):
             damaged = known is None and self._store.exists("problem")
             refuse(self._store.path("problem"), damaged)

@@ -33,7 +33,7 @@ from msif_lib.lanczos import functions_of
 from msif_lib.solvers import MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
 from msif_lib.support.arguments import check_each, check_limits, instance, not_negative, positive
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.operators import LinearOperator
 from msif_lib.support.parameters import Block
 from msif_lib.support.state import OwnState
@@ -215,9 +215,9 @@ class Link(OwnState, ABC):
         named = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         return [type(self), {name: named[name] for name in sorted(named) if name != "stage"}]
 
-    def identity(self) -> Identity:
+    def identity(self) -> ProblemIdentity:
         """What a link is known by in results that are kept, its stage included."""
-        return Identity.of(self.settings(), self.stage.identity(self.vector()))
+        return ProblemIdentity.of(self.settings(), self.stage.identity(self.vector()))
 
 
 class _Curved(Link):
@@ -584,9 +584,11 @@ class Unrolled(Link):
         """The path; what changed its inputs is a function, known by what it gives."""
         return [type(self), replace(self.path, augment=None)]
 
-    def identity(self) -> Identity:
+    def identity(self) -> ProblemIdentity:
         """What a link is known by in results that are kept, its stage included."""
-        return Identity.of(super().identity(), Identity("", [self.path.drawn(self.stage)]))
+        return ProblemIdentity.of(
+            super().identity(), ProblemIdentity("", [self.path.drawn(self.stage)])
+        )
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """The adjoint of each step, backwards; handed back is λ at the start."""

@@ -48,7 +48,7 @@ from msif_lib.support.arguments import flag, instance, listed, not_negative, pos
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.jobs import as_finished
 from msif_lib.support.minimise import AbsoluteInverse, Minimum, minimise
 from msif_lib.support.state import in_own_state
@@ -352,7 +352,7 @@ class _Trainings:
     renormalise: bool
     fraction: float
     handed: Tensor | None
-    given: Identity | None
+    given: ProblemIdentity | None
     norms: list[float]
 
     @classmethod
@@ -385,7 +385,9 @@ class _Trainings:
             over = HandOver(before.stage, chain.links[stage].stage, names)
             handed = over.value(before.vector()).double()
             by_function = before.stage.hands_on is not None
-            given = Identity.of(over.identity(before.vector()), None if by_function else handed)
+            given = ProblemIdentity.of(
+                over.identity(before.vector()), None if by_function else handed
+            )
         return cls(
             repetitions=repetitions,
             hand_overs=[

@@ -29,7 +29,7 @@ from msif_lib.support.checks import (
 )
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.data_check import DataCheck
-from msif_lib.support.identity import Identity, held_by_each, identity_of
+from msif_lib.support.identity import ProblemIdentity, held_by_each, identity_of
 from msif_lib.support.model import EmbeddingAndHead, HandsOn, Loss, Model, Regularizer, copied
 from msif_lib.support.parameters import Block, aliases_of, matching, numbers_among
 from msif_lib.support.probe import probe, wanted
@@ -412,7 +412,7 @@ class Stage(OwnState, Model):
         other._set_data((inputs, targets), self.weights if self.weighted else None, False, reader)
         return other
 
-    def identity(self, at: Tensor | None = None, lasting: bool = True) -> Identity:
+    def identity(self, at: Tensor | None = None, lasting: bool = True) -> ProblemIdentity:
         """What a stage is known by in results that are kept, at parameters ``(p,)`` or its own."""
         at = self.vector() if at is None else at
         return identity_of(self, at, self.reader, self.chunk_size, self.weights, lasting)

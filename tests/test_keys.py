@@ -22,7 +22,7 @@ from msif_lib.influence import StationarityWarning
 from msif_lib.links import Frozen, Optimum, Stopped, Unrolled
 from msif_lib.solvers import Dense, MinRes
 from msif_lib.support.fingerprint import fingerprint, words_of
-from msif_lib.support.identity import Identity, held_by_each
+from msif_lib.support.identity import ProblemIdentity, held_by_each
 from msif_lib.training import SGD, descend, train
 
 pytestmark = pytest.mark.numeric
@@ -126,9 +126,9 @@ def test_each_point_is_compared_on_its_own_scale():
     for row, share in ((0, 0.02), (1, 1e-4)):
         other = losses.clone()
         other[row, 7] *= 1 + share
-        assert not Identity("", [losses]).same(Identity("", [other]))
+        assert not ProblemIdentity("", [losses]).same(ProblemIdentity("", [other]))
     near = losses * (1 + 4 * torch.finfo(torch.float32).eps)
-    assert Identity("", [losses]).same(Identity("", [near]))
+    assert ProblemIdentity("", [losses]).same(ProblemIdentity("", [near]))
 
 
 def test_the_last_digits_of_small_losses_are_rounding():
@@ -138,7 +138,7 @@ def test_the_last_digits_of_small_losses_are_rounding():
     for share, alike in ((2 * digit, True), (1e-4, False)):
         other = torch.stack([(1 + x + share).log(), 1 + x])
         assert not torch.equal(other, losses)
-        assert Identity("", [losses]).same(Identity("", [other])) == alike
+        assert ProblemIdentity("", [losses]).same(ProblemIdentity("", [other])) == alike
 
 
 @pytest.mark.parametrize("address", ["0x7f3a5c0d", "0x000001F2B3C4D5E0"])

@@ -29,7 +29,7 @@ from msif_lib.links import Frozen, Optimum, Proximal
 from msif_lib.retraining import Retraining, RetrainingSettings, retrain_without
 from msif_lib.support.checkpoint import Checkpoint
 from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.jobs import _Shared, as_finished
 
 REMOVALS = [[0], [4], [30], [3, 9, 11], list(range(5, 13)), [7], [8]]
@@ -395,20 +395,20 @@ def test_digests_tell_structures_apart(mlp):
 )
 def test_values_of_code_are_compared_within_rounding_each_on_its_own_scale(dtype, noise, change):
     values = torch.tensor([[3.0, 0.0, 1e-3, 1e6], [2.0, 0.5, 2e-3, 1.0]], dtype=dtype)
-    kept = Identity("one", [values])
-    assert kept.same(Identity("one", [values * (1 + noise)]))
-    assert not kept.same(Identity("two", [values]))
-    assert not kept.same(Identity("one", [values, values]))
-    assert not kept.same(Identity("one", [values[:, :3]]))
-    assert not kept.same(Identity("one", [values.to(torch.bfloat16)]))
+    kept = ProblemIdentity("one", [values])
+    assert kept.same(ProblemIdentity("one", [values * (1 + noise)]))
+    assert not kept.same(ProblemIdentity("two", [values]))
+    assert not kept.same(ProblemIdentity("one", [values, values]))
+    assert not kept.same(ProblemIdentity("one", [values[:, :3]]))
+    assert not kept.same(ProblemIdentity("one", [values.to(torch.bfloat16)]))
     for place in ((0, 0), (0, 2), (1, 2)):  # beside a loss of a million
         changed = values.clone()
         changed[place] += change
-        assert not kept.same(Identity("one", [changed])), place
+        assert not kept.same(ProblemIdentity("one", [changed])), place
     lost = values / 0
-    assert Identity("one", [lost]).same(Identity("one", [lost]))
-    assert not Identity("one", [lost]).same(Identity("one", [-lost]))
-    assert not Identity("one", [lost]).same(kept)
+    assert ProblemIdentity("one", [lost]).same(ProblemIdentity("one", [lost]))
+    assert not ProblemIdentity("one", [lost]).same(ProblemIdentity("one", [-lost]))
+    assert not ProblemIdentity("one", [lost]).same(kept)
 
 
 # --- the sketch for larger models ----------------------------------------------------------------

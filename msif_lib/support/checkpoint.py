@@ -2,7 +2,7 @@
 
 A record is one file: what `torch.save` writes, followed by its SHA-256, since `torch.load` does
 not notice a damaged tensor; the name is part of the digest, so that no record is taken for another.
-It is written by :mod:`msif_lib.support.atomic`, so that it is there whole or not at all. Reading
+It is written by ``msif_lib.support.atomic``, so that it is there whole or not at all. Reading
 verifies the digest first; nothing else than tensors and plain values is ever unpickled.
 """
 
@@ -23,7 +23,7 @@ import torch
 from msif_lib.support.arguments import place
 from msif_lib.support.atomic import clear, replacing
 from msif_lib.support.fingerprint import fingerprint
-from msif_lib.support.identity import Identity
+from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.notices import warn_caller
 
 _DIGEST = 32  # bytes of a SHA-256
@@ -247,21 +247,21 @@ class Checkpoint:
         """
         return fingerprint(_mapped(self._settled, parts))
 
-    def _settled(self, identity: Identity) -> str:
+    def _settled(self, identity: ProblemIdentity) -> str:
         if self.folder is None or not identity.values:
             return identity.key
         name = f"problem-{identity.exact}"
         known = (self.get(name) or {"values": []})["values"]
         for values in known:
-            if identity.same(met := Identity(identity.exact, values)):
+            if identity.same(met := ProblemIdentity(identity.exact, values)):
                 return met.key
         self.put(name, {"values": [*known, identity.values]})
         return identity.key
 
 
-def _mapped(function: Callable[[Identity], str], part: Any) -> Any:
+def _mapped(function: Callable[[ProblemIdentity], str], part: Any) -> Any:
     """Nested parts with their identities replaced."""
-    if isinstance(part, Identity):
+    if isinstance(part, ProblemIdentity):
         return function(part)
     if isinstance(part, dict):
         return {key: _mapped(function, value) for key, value in part.items()}

@@ -39,7 +39,7 @@ _KNOWN_BY = 16
 
 
 @dataclass(frozen=True)
-class Identity:
+class ProblemIdentity:
     """What a problem is known by.
 
     Attributes
@@ -54,12 +54,12 @@ class Identity:
     values: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, *parts: object) -> Identity:
+    def of(cls, *parts: object) -> ProblemIdentity:
         """That of nested parts, identities among them."""
         values: list[Tensor] = []
 
         def plain(part: object) -> object:
-            if isinstance(part, Identity):
+            if isinstance(part, ProblemIdentity):
                 values.extend(part.values)
                 return part.exact
             if isinstance(part, dict):
@@ -69,7 +69,7 @@ class Identity:
         exact = fingerprint([plain(part) for part in parts])
         return cls(exact, values)
 
-    def same(self, other: Identity) -> bool:
+    def same(self, other: ProblemIdentity) -> bool:
         """Whether two problems are the same but for rounding."""
         return (
             self.exact == other.exact
@@ -110,7 +110,7 @@ def identity_of(
     batch_size: int,
     weights: Tensor,
     lasting: bool = True,
-) -> Identity:
+) -> ProblemIdentity:
     """What a stage is known by: everything that results depend on. Its data are read once.
 
     Exactly by parameters and buffers, modules in words, settings, weights and a digest of each
@@ -142,10 +142,10 @@ def identity_of(
     with Generators(model.model, model.loss).kept():
         if not lasting:
             found = _computed(model, [beside], reader, reader.batches(batch_size))
-            return Identity(fingerprint(described, weights), found)
+            return ProblemIdentity(fingerprint(described, weights), found)
         found = _computed(model, [theta, beside], reader, batches())
         examples = reader.gather(digests, torch.zeros(0, 2, dtype=torch.int64, device=theta.device))
-    return Identity(fingerprint(described, weights, examples), found)
+    return ProblemIdentity(fingerprint(described, weights, examples), found)
 
 
 def _beside(model: Model, theta: Tensor) -> Tensor:

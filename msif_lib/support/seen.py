@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from msif_lib.support.data import Examples, leaves
 
 
-class Stage(Protocol):
+class StageLike(Protocol):
     """What is looked at."""
 
     model: nn.Module
@@ -35,11 +35,11 @@ class Seen:
         The stage.
     """
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: StageLike) -> None:
         self._buffers = [buffer.clone() for buffer in _buffers_of(stage)]
         self._things, self._counts = _things_of(stage), _counts_of(stage)
 
-    def require(self, stage: Stage, name: str) -> None:
+    def require(self, stage: StageLike, name: str) -> None:
         """Refuse a stage that changed since `name` was made of it.
 
         Raises
@@ -60,19 +60,19 @@ class Seen:
             )
 
 
-def _buffers_of(stage: Stage) -> list[Tensor]:
+def _buffers_of(stage: StageLike) -> list[Tensor]:
     modules = (one for one in (stage.model, stage.loss) if isinstance(one, nn.Module))
     return [buffer.detach() for module in modules for buffer in module.buffers()]
 
 
-def _data_of(stage: Stage) -> list[Tensor]:
+def _data_of(stage: StageLike) -> list[Tensor]:
     examples = stage.examples
     return [stage.weights, *(leaves(examples.tensors()) if examples.in_memory else [])]
 
 
-def _things_of(stage: Stage) -> list[object]:
+def _things_of(stage: StageLike) -> list[object]:
     return [stage.loss, stage.regularizer, stage.examples, *_data_of(stage)]
 
 
-def _counts_of(stage: Stage) -> list[object]:
+def _counts_of(stage: StageLike) -> list[object]:
     return [stage.l2, *(None if one.is_inference() else one._version for one in _data_of(stage))]
