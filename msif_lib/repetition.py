@@ -2,12 +2,14 @@
 
 The trainings of R models are rows. :class:`Minimised` takes the link's objective, with a row of
 example weights and what the stage before handed on, to a vanishing gradient; :class:`Stepped`
-takes the recorded steps. Both leave the stage's modules as they are.
+takes the recorded steps. Both leave the stage's modules as they are. :func:`stepped_again` takes
+the steps of one model and keeps what it takes to walk them back.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -17,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
+from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, Hessian
-from msif_lib.descent import run
+from msif_lib.descent import Path, run
 from msif_lib.handover import gradient_size
 from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
@@ -62,6 +65,7 @@ def in_double(link: Link) -> Solved | Unrolled:
         The link is an approximation, without a training that could be done again; a training
         that drew noise in another precision than float64.
     """
+    check_repeatable(link)
     stage = link.stage.to(torch.float64)
     if isinstance(link, Unrolled):
         path, double = link.path, torch.float64
@@ -75,12 +79,23 @@ def in_double(link: Link) -> Solved | Unrolled:
         return Unrolled(stage, replace(path, start=start, end=end, states={}))
     if isinstance(link, Proximal):
         return Proximal(stage, link.alpha)
-    if isinstance(link, Optimum | Frozen):
-        return type(link)(stage)
-    raise ValueError(
-        f"{type(link).__name__} approximates a training of which no steps are known, so that it "
-        "cannot be done again; record the training and give Unrolled(stage, path)"
-    )
+    assert isinstance(link, Optimum | Frozen)
+    return type(link)(stage)
+
+
+def check_repeatable(link: Link) -> None:
+    """Refuse a link without a training that could be done again.
+
+    Raises
+    ------
+    ValueError
+        It is an approximation.
+    """
+    if not isinstance(link, Optimum | Frozen | Proximal | Unrolled):
+        raise ValueError(
+            f"{type(link).__name__} approximates a training of which no steps are known, so that "
+            "it cannot be done again; record the training and give Unrolled(stage, path)"
+        )
 
 
 def attained(link: Link, tol: float) -> float:
@@ -235,6 +250,51 @@ class Stepped(Repetition):
         norms = batched(terms)(x, which)[1].norm(dim=1)
         done = torch.ones(count, dtype=torch.bool, device=end.device)
         return Minimum(end, norms, done, torch.full_like(which, len(path)))
+
+
+def stepped_again(stage: Stage, path: Path, handed: Tensor | None, progress: bool = True) -> Path:
+    """Take the steps of a path once more, by a stage with other weights or from another start.
+
+    Parameters
+    ----------
+    stage
+        Model, loss, data and weights; its modules stay as they are.
+    path
+        Batches, learning rates, optimiser and what was drawn.
+    handed
+        What is taken from the stage before, ``(p_W,)``, in place of that part of the path's start;
+        None: it begins where the path did.
+    progress
+        Show a bar for what takes more than a second.
+
+    Returns
+    -------
+    Path
+        The training, with states every √T steps: it can be walked back as the first can.
+
+    Raises
+    ------
+    FloatingPointError
+        The training diverged; the message names the step.
+    """
+    start = path.start if handed is None else _with_shared(path.start[None], handed[None])[0]
+    steps = replace(path, start=start).steps(stage)
+    begun, every = steps.begin(), math.isqrt(len(steps))
+    states, state = {0: begun}, begun
+    with (
+        steps.running(),
+        tqdm(
+            total=len(steps), desc=f"training again, {len(steps)} steps",
+            disable=not progress, delay=1, leave=False,
+        ) as bar,
+    ):  # fmt: skip
+        for state in steps.after(begun, len(steps)):
+            if state.step % every == 0:
+                states[state.step] = state
+            bar.update()
+    states[state.step] = state
+    end = stage.parameters.replaced(start, state.x, stage.trained)
+    return replace(path, start=start, end=end, states=states)
 
 
 def _with_shared(vectors: Tensor, handed: Tensor) -> Tensor:

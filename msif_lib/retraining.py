@@ -15,6 +15,9 @@ Many removals are trained together: `torch.func.vmap` over models, on shared dat
 once, preconditions a quasi-Newton method for all of them (:mod:`msif_lib.support.minimise`), which
 then needs a handful of gradient evaluations. Models that are trained together are one job; jobs may
 run in several processes or on a cluster, and be kept in a folder as they finish.
+
+:func:`with_weights` trains a chain again with other weights of the examples and gives the chain
+that results, to be scored there: at the *centre*, where the sets that are left out lie on average.
 """
 
 from __future__ import annotations
@@ -34,24 +37,29 @@ from tqdm import tqdm
 
 from msif_lib.handover import HandOver
 from msif_lib.influence import Chain
-from msif_lib.links import Link, Unrolled
+from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.repetition import (
     Minimised,
     Repetition,
     Stepped,
     attained,
+    check_repeatable,
     for_each_model,
     in_double,
+    stepped_again,
 )
 from msif_lib.stage import Stage
 from msif_lib.support.arguments import flag, instance, listed, not_negative, positive, share, whole
 from msif_lib.support.checkpoint import Checkpoint
+from msif_lib.support.checks import checked_weights
 from msif_lib.support.data import Batch, Examples, map_leaves
 from msif_lib.support.fingerprint import fingerprint
 from msif_lib.support.identity import ProblemIdentity
 from msif_lib.support.jobs import as_finished
 from msif_lib.support.minimise import AbsoluteInverse, Minimum, minimise
+from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import in_own_state
+from msif_lib.training import TrainingWarning
 
 __all__ = [
     "AbsoluteInverse",
@@ -60,6 +68,7 @@ __all__ = [
     "RetrainingSettings",
     "minimise",
     "retrain_without",
+    "with_weights",
 ]
 
 P = ParamSpec("P")
@@ -369,13 +378,8 @@ class _Trainings:
         links = [in_double(link) for link in chain.links[stage:]]
         _check_hessian(settings.first_hessian, chain.links[0])
         starts = _starts(settings, chain.links)[stage:]
-        cold = settings.cold_start is not None
         repetitions: list[Repetition] = [
-            Stepped(link)
-            if isinstance(link, Unrolled)
-            else Minimised(
-                link, start, cold, attained(link, settings.tol), settings.limit, settings.damping
-            )
+            Stepped(link) if isinstance(link, Unrolled) else _minimised(link, start, settings)
             for link, start in zip(links, starts, strict=True)
         ]
         last, handed, given = links[-1].stage, None, None
@@ -509,6 +513,155 @@ class _Trainings:
         if self.renormalise:
             weights *= weights.shape[1] / weights.sum(1, keepdim=True)
         return weights
+
+
+@in_own_state
+def with_weights(
+    chain: Chain,
+    weights: float | Tensor,
+    stage: int = 0,
+    *,
+    settings: RetrainingSettings = RetrainingSettings(),
+    progress: bool = True,
+) -> Chain:
+    """Train a stage and what follows it again with other weights of its examples.
+
+    The scores of the chain that results are derivatives *there*. So ``with_weights(chain,
+    1 - share)`` is the chain at the centre of the subsets that leave out this share of the
+    examples, and with a 0/1 mask it is a subset run; the mean of the scores of k subset runs is
+    another centre.
+
+    Let each of the N examples be left out independently with probability α, so that w_i is 0 or 1
+    with mean w̄ = 1 − α, and let g and Q be gradient and Hessian of q in w. The coefficient of w_i
+    in the best linear prediction of q(w), which a linear datamodel estimates, is
+
+        β_i = Cov(q, w_i)/Var(w_i) = E[q | w_i = 1] − E[q | w_i = 0]
+            = g_i(w̄) + ½ (2α − 1) Q_ii + third derivatives,
+
+    while g_i(1) = g_i(w̄) + α Σ_j Q_ij + …: of a whole row of Q one entry is left, and none at
+    α = ½, where β_i is the Banzhaf value. β_i is the derivative at w̄ of the multilinear extension
+    of q, which is the mean of q over the subsets (Owen 1972, "Multilinear extensions of games",
+    for the extension; Wang & Jia 2023, "Data Banzhaf", for the Banzhaf value of examples, and Li &
+    Yu 2023 for α ≠ ½; Ilyas et al. 2022, "Datamodels", and Saunshi et al. 2023, "Understanding
+    influence functions and datamodels via harmonic analysis", for the regression). For subsets of
+    one size β is defined up to a constant, and to that entry the mean of the others in its row is
+    added, times −(2α − 1).
+
+    Parameters
+    ----------
+    chain
+        The trained stages and how each was trained. It stays as it is.
+    weights
+        A number: the factor by which the present weights of the stage are multiplied. A tensor
+        ``(N,)``: the weights in their place, of which some may be 0.
+    stage
+        Number of the stage whose examples are weighted. Stages before it stay.
+    settings
+        How `Optimum`, `Frozen` and `Proximal` links are trained: in float64, on one model, from
+        their present parameters unless `cold_start` says otherwise. Of `jobs`, `threads` and
+        `models_at_once` nothing is taken. `Unrolled` links take their recorded steps.
+    progress
+        Show bars for what takes more than a second.
+
+    Returns
+    -------
+    Chain
+        Links of the same kinds and settings in the chain's dtype, from `stage` on upon stages of
+        their own. Scores are N dq/dw_i there, for examples of weight 0 as well; from weights of 1
+        on, ``-values[S].sum() / N`` predicts what leaving S out does, and ``removal_effect`` what
+        taking away the weights that the stage has now does.
+
+    Raises
+    ------
+    TypeError
+        `chain` is none; weights that are no numbers.
+    ValueError
+        A factor that is not positive; weights of another shape, negative, not finite or all zero;
+        a `stage` that the chain has not; a `Stopped` link that would have to be trained again; a
+        cold start or a `first_hessian` of other sizes; a stage of which each process reads a share.
+    FloatingPointError
+        A recorded training with these weights diverged.
+
+    Warns
+    -----
+    TrainingWarning
+        The tolerance of the settings was not reached.
+    StationarityWarning
+        A stage ended far from a stationary point.
+    """
+    instance("chain", chain, Chain)
+    instance("settings", settings, RetrainingSettings)
+    flag("progress", progress)
+    _check_chain(chain, stage, settings)
+    _check_hessian(settings.first_hessian, chain.links[0])
+    given = _new_weights(weights, chain.links[stage].stage)
+    for link in chain.links[stage:]:
+        check_repeatable(link)
+    starts = _starts(settings, chain.links)
+    links = list(chain.links[:stage])
+    for number, name in enumerate(chain.names[stage:], stage):
+        link = chain.links[number]
+        own = link.stage.to()
+        if number == stage:
+            own = own.with_weights(given)
+        handed = None
+        if number:
+            over = HandOver(links[-1].stage, own, (chain.names[number - 1], name))
+            handed = over.value(links[-1].vector())
+        if isinstance(link, Unrolled):
+            path = stepped_again(own, link.path, handed, progress)
+            own.load_vector(path.end)
+            links.append(replace(link, stage=own, path=path))
+            continue
+        first = settings.first_hessian if number == 0 else None
+        own.load_vector(_minimum(link, own, handed, starts[number], settings, first, name))
+        links.append(replace(link, stage=own))
+    return Chain(links, chain._stationarity_tol, chain.progress)
+
+
+def _new_weights(weights: Any, stage: Stage) -> Tensor:
+    """The weights of a stage's examples, ``(N,)``, that a factor or a tensor stands for."""
+    if not hasattr(weights, "__len__") and getattr(weights, "ndim", 0) == 0:
+        return stage.weights * positive("weights", weights)
+    found = checked_weights(weights, stage.size, stage.vector())
+    if not found.any():
+        raise ValueError("weights leaves no example: all are zero")
+    return found
+
+
+def _minimum(
+    link: Link,
+    own: Stage,
+    handed: Tensor | None,
+    start: Tensor,
+    settings: RetrainingSettings,
+    first: Tensor | None,
+    name: str,
+) -> Tensor:
+    """All parameters ``(p,)`` where the training of a link with a new stage's weights ends."""
+    double = in_double(link)
+    assert not isinstance(double, Unrolled)
+    repetition = _minimised(double, start, settings)
+    if settings.cold_start is None:
+        repetition.precondition(Checkpoint(None), None if first is None else first.to(start))
+    given = None if handed is None else handed.double()[None]
+    found = repetition(own.weights.double()[None], given)
+    if not found.converged.all():
+        warn_caller(
+            f"with these weights the {name} stage ended at gradient norm "
+            f"{float(found.gradient_norms[0]):.1e} (asked for {repetition.tol:.1e}); allow more "
+            "evaluations in RetrainingSettings",
+            TrainingWarning,
+        )
+    return found.x[0]
+
+
+def _minimised(
+    link: Optimum | Frozen | Proximal, start: Tensor, settings: RetrainingSettings
+) -> Minimised:
+    """The training of a link in float64 down to its optimum, as the settings say."""
+    cold, tol = settings.cold_start is not None, attained(link, settings.tol)
+    return Minimised(link, start, cold, tol, settings.limit, settings.damping)
 
 
 def _norm(link: Link) -> float:
