@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ import scipy.stats
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from msif_lib.support.arguments import between, dense, whole
+from msif_lib.support.arguments import between, dense, flag, whole
 
 _Statistic = Callable[..., Any]
 
@@ -28,8 +30,22 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        """Value and interval: ``0.98 [0.97, 0.99]``."""
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        """Value and interval: ``0.98 [0.97, 0.99]``.
+
+        Two digits, or as many as keep what is below 1 in size from being shown as 1, and the ends
+        of the interval apart.
+        """
+        numbers = (self.value, self.low, self.high)
+        point = self.high - self.low <= _ROUNDING * abs(self.high)
+        for digits in range(2, 18):
+            value, low, high = rounded = [round(number, digits) + 0.0 for number in numbers]
+            risen = any(
+                abs(end) == 1 and 1 - abs(number) > _ROUNDING
+                for end, number in zip(rounded, numbers, strict=True)
+            )
+            if not risen and (point or low != high):
+                return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+        return f"{self.value:.2e} [{self.low:.2e}, {self.high:.2e}]"
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,12 @@ def _slope(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> An
     return (x * y).sum(axis) / (x * x).sum(axis) * (y_size / x_size)
 
 
+def _relative_error(x: NDArray[np.float64], y: NDArray[np.float64], axis: int = -1) -> Any:
+    y, size = _centred(y, axis)
+    x = (x - x.mean(axis, keepdims=True)) / np.expand_dims(size, axis)
+    return np.sqrt(((y - x) ** 2).sum(axis) / (y * y).sum(axis))
+
+
 def pearson(
     x: ArrayLike,
     y: ArrayLike,
@@ -201,49 +223,316 @@ def compare(
     )
 
 
+@dataclass(frozen=True)
+class Fidelity:
+    """How well predicted effects of leaving subsets out agree with true ones.
+
+    Each measure is taken over the subsets of one seed for one functional, and averaged over both.
+
+    Attributes
+    ----------
+    lds
+        Linear datamodeling score: Spearman's ρ.
+    pearson
+        Pearson's r.
+    slope
+        Slope of the true effects on the predicted ones; None where predictions have no scale.
+    error
+        Size of predicted minus true effects, relative to that of the true ones, both taken from
+        their mean over the subsets: 0 is perfect, and a prediction that is constant has 1. None
+        where predictions have no scale.
+    quantiles
+        5, 25, 50, 75 and 95 % quantiles over the functionals of Spearman's ρ, which is averaged
+        over the seeds first. It is measured on S subsets, so it spreads more than what it measures.
+    """
+
+    lds: Estimate
+    pearson: Estimate
+    slope: Estimate | None
+    error: Estimate | None
+    quantiles: tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well true effects that are means over R trainings predict themselves.
+
+    Attributes
+    ----------
+    halves
+        Spearman's ρ over the subsets between the means of two disjoint halves of the trainings,
+        averaged over the splits and the functionals.
+    stepped_up
+        The same between means over R trainings and over R others, by Spearman and Brown (1910):
+        :math:`kr / (1 + (k - 1) r)` for means over k times as many. Below 0 counts as 0.
+    ceiling
+        Its root: the score of the expected effect itself against the mean over R trainings, which
+        no prediction made without these trainings exceeds, but by chance.
+    """
+
+    halves: Estimate
+    stepped_up: Estimate
+    ceiling: Estimate
+
+
+def _by_functional(
+    predicted: ArrayLike, actual: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Predicted and true effects, each ``(K, T, S)``."""
+    a, b = _numbers("predicted", predicted), _numbers("actual", actual)
+    if a.shape != b.shape or a.ndim not in (1, 2, 3):
+        raise ValueError(
+            "predicted and actual must both be (S,), (S, T) or (K, S, T), not "
+            f"{a.shape} and {b.shape}"
+        )
+    return _checked("predicted", a), _checked("actual", b)
+
+
+def _checked(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Effects ``(..., S, T)`` with the subsets last, ``(..., T, S)``, none of them constant."""
+    if values.ndim == 1:
+        values = values[:, None]
+    if values.ndim == 2:
+        values = values[None]
+    if not values.size or values.shape[-2] < 3:
+        raise ValueError(
+            f"{name} needs a seed, a functional and 3 subsets at least: its shape is {values.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite")
+    constant = np.ptp(values, axis=-2) <= _ROUNDING * np.abs(values).max(-2)
+    if constant.any():
+        *_, functional = np.argwhere(constant)[0]
+        raise ValueError(
+            f"{name} is constant over the subsets at functional {functional}: no correlation is "
+            f"defined there ({constant.sum()} of {constant.size} are so)"
+        )
+    return values.swapaxes(-1, -2)
+
+
+def _pseudo_values(
+    statistic: _Statistic, samples: tuple[NDArray[np.float64], ...]
+) -> NDArray[np.float64]:
+    """The jackknife's n s − (n − 1) s₋ᵢ, with s₋ᵢ the statistic without the i-th of n: ``(n,)``."""
+    n = len(samples[0])
+    others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
+    without = statistic(*(sample[others] for sample in samples))
+    return n * statistic(*samples) - (n - 1) * without
+
+
+def _half_width(table: NDArray[np.float64], confidence: float) -> float:
+    """Of the interval of a mean over random rows and, crossed with them, random columns ``(R, T)``.
+
+    The variance of the mean is (MS_rows + MS_columns − MS_rest)/RT by the analysis of variance with
+    two random factors, each with its own degrees of freedom (Satterthwaite 1946).
+    """
+    rows, columns = table.shape
+    mean = table.mean()
+    by_row, by_column = table.mean(1) - mean, table.mean(0) - mean
+    of_rows, of_columns = (by_row**2).sum() / (rows * (rows - 1)), 0.0
+    if columns > 1:
+        rest = table - mean - by_row[:, None] - by_column
+        noise = (rest**2).sum() / (rows * (rows - 1) * columns * (columns - 1))
+        of_columns = max((by_column**2).sum() / (columns * (columns - 1)) - noise, 0.0)
+    variance = of_rows + of_columns
+    if not variance:
+        return 0.0
+    freedom = variance**2 / (of_rows**2 / (rows - 1) + of_columns**2 / max(columns - 1, 1))
+    return float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(variance)
+
+
+def _estimate(
+    statistic: _Statistic,
+    samples: tuple[NDArray[np.float64], ...],
+    confidence: float,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> Estimate:
+    """Mean over seeds and functionals of a statistic of the subsets, from samples ``(K, T, S)``.
+
+    The interval lies within `least` and `most`. See :func:`linear_datamodeling_score`.
+    """
+    between("confidence", confidence)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = statistic(*samples)
+        value = float(table.mean())
+        if len(table) == 1:
+            each = zip(*(sample[0] for sample in samples), strict=True)
+            table = np.stack([_pseudo_values(statistic, of_one) for of_one in each], axis=1)
+    if not np.isfinite(table).all():
+        raise ValueError("effects that are constant but for one subset have no interval")
+    half = _half_width(table, confidence)
+    return Estimate(value, max(value - half, least), min(value + half, most))
+
+
 def linear_datamodeling_score(
-    predicted: ArrayLike,
-    actual: ArrayLike,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int | np.random.Generator = 0,
+    predicted: ArrayLike, actual: ArrayLike, *, confidence: float = 0.95
 ) -> Estimate:
     """Linear datamodeling score (Park et al. 2023): rank agreement over random subsets.
+
+    The interval is that of other seeds, subsets and functionals. Seeds with subsets of their own,
+    or the subsets where there is one seed, are the rows of a table and the functionals its columns;
+    both are random draws, and each has its part in the variance of the mean, which an analysis of
+    variance tells apart (Satterthwaite 1946). The rows of a single seed are the jackknife's
+    pseudo-values of the subsets, as Dorfman, Berbaum and Metz (1992) compare readers and cases.
+    Percentiles of a bootstrap of all three are too narrow with few seeds and, as draws with
+    replacement bring ties, lie too low at scores near 1; the suite measures both.
 
     Parameters
     ----------
     predicted
-        Predicted effect of S random removals on T test functionals, ``(S, T)`` or ``(S,)``: the
-        sums of the removed examples' scores (:meth:`msif_lib.scores.Scores.group_effect`).
+        Predicted effect of S random removals on T test functionals: ``(S,)``, ``(S, T)``, or
+        ``(K, S, T)`` of K models trained from seeds of their own, each with S removals of its own
+        and all with the same functionals. An effect is the sum of the removed examples' scores
+        (:meth:`msif_lib.scores.Scores.group_effect`).
     actual
         The effect measured by retraining, of the same shape.
-    resamples, confidence, seed
-        Bootstrap over the test functionals, or over the removals where T = 1.
+    confidence
+        Level of the interval. With two seeds it is wide: one degree of freedom says little.
 
     Returns
     -------
     Estimate
-        Spearman's ρ over the removals, averaged over the test functionals.
+        Spearman's ρ over the removals, averaged over functionals and seeds; the interval lies
+        within −1 and 1.
 
     Raises
     ------
     ValueError
-        Unequal shapes; as for :func:`pearson`.
+        Unequal shapes, no seed or functional, fewer than three removals, values that are not
+        finite, or effects on some functional that are constant (with one seed: but for one
+        removal).
     """
-    a, b = _numbers("predicted", predicted), _numbers("actual", actual)
-    if a.shape != b.shape or a.ndim not in (1, 2):
+    return _estimate(_spearman, _by_functional(predicted, actual), confidence, -1, 1)
+
+
+def fidelity(
+    predicted: ArrayLike, actual: ArrayLike, *, scaled: bool = True, confidence: float = 0.95
+) -> Fidelity:
+    """All measures of predicted against true effects, with intervals.
+
+    A constant that is added to all effects on a functional changes none of them: where predictions
+    are expanded elsewhere than where all examples are in, they are known up to such a constant.
+
+    Parameters
+    ----------
+    predicted, actual, confidence
+        As for :func:`linear_datamodeling_score`.
+    scaled
+        Whether predictions are in the units of the effects. Others, cosines say, have no slope and
+        no error.
+
+    Returns
+    -------
+    Fidelity
+        Scores, correlations, slopes and errors, averaged over functionals and seeds.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`linear_datamodeling_score`.
+    """
+    flag("scaled", scaled)
+    samples = _by_functional(predicted, actual)
+    of_functionals = _spearman(*samples).mean(0)
+    return Fidelity(
+        lds=_estimate(_spearman, samples, confidence, -1, 1),
+        pearson=_estimate(_pearson, samples, confidence, -1, 1),
+        slope=_estimate(_slope, samples, confidence) if scaled else None,
+        error=_estimate(_relative_error, samples, confidence, 0) if scaled else None,
+        quantiles=tuple(np.quantile(of_functionals, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist()),
+    )
+
+
+def reliability(
+    actual_by_seed: ArrayLike,
+    *,
+    splits: int = 50,
+    confidence: float = 0.95,
+    seed: int | np.random.Generator = 0,
+) -> Reliability:
+    """How high any prediction of mean true effects can score, from the trainings they are means of.
+
+    Parameters
+    ----------
+    actual_by_seed
+        Effects of S removals on T functionals in R ≥ 2 trainings from other random seeds, the same
+        removals in each: ``(R, S)``, ``(R, S, T)``, or ``(K, R, S, T)`` of K models, each with
+        removals of its own.
+    splits
+        All splits of the trainings into halves are taken, or so many random ones of more. An odd
+        training is left out.
+    confidence
+        Level of the intervals, as in :func:`linear_datamodeling_score`: over other models, removals
+        and functionals. A single model's is that of its R trainings.
+    seed
+        Seed or generator of random splits.
+
+    Returns
+    -------
+    Reliability
+        Agreement of the halves, of means over R, and the ceiling. Step-up and root are exact of
+        Pearson's r where noise is alike in all trainings, and taken of the mean over functionals,
+        which makes them no lower than the mean of those of each.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two trainings; as for :func:`linear_datamodeling_score`.
+    """
+    values = _numbers("actual_by_seed", actual_by_seed)
+    if values.ndim == 2:
+        values = values[..., None]
+    if values.ndim not in (3, 4) or values.shape[-3] < 2:
         raise ValueError(
-            f"predicted and actual must both be (S, T) or (S,), not {a.shape} and {b.shape}"
+            "actual_by_seed must be (R, S), (R, S, T) or (K, R, S, T) with R of 2 or more, not "
+            f"{values.shape}"
         )
-    if a.ndim == 1 or a.shape[1] == 1:
-        return spearman(a.ravel(), b.ravel(), resamples=resamples, confidence=confidence, seed=seed)
-    each = np.array([_spearman(*_paired(x, y)) for x, y in zip(a.T, b.T, strict=True)], dtype=float)
+    whole("splits", splits, 1)
+    values = _checked("actual_by_seed", values[None] if values.ndim == 3 else values)
+    trainings = tuple(np.moveaxis(values, 1, 0))
+    pairs = _halves(len(trainings), splits, seed)
 
-    def mean(values: NDArray[np.float64], axis: int = -1) -> Any:
-        return values.mean(axis)
+    def mean_of(half: tuple[int, ...], of_each: tuple[NDArray[np.float64], ...]) -> Any:
+        return np.mean([of_each[training] for training in half], axis=0)
 
-    return _bootstrap(mean, (each,), resamples, confidence, seed)
+    def between_halves(*of_each: NDArray[np.float64]) -> Any:
+        return np.mean(
+            [_spearman(mean_of(a, of_each), mean_of(b, of_each)) for a, b in pairs], axis=0
+        )
+
+    halves = _estimate(between_halves, trainings, confidence, -1, 1)
+    ratio = len(trainings) / len(pairs[0][0])
+
+    def stepped_up(r: float) -> float:
+        r = max(r, 0.0)
+        return ratio * r / (1 + (ratio - 1) * r)
+
+    ends = [stepped_up(r) for r in (halves.value, halves.low, halves.high)]
+    return Reliability(halves, Estimate(*ends), Estimate(*map(math.sqrt, ends)))
+
+
+def _halves(
+    count: int, most: int, seed: int | np.random.Generator
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pairs of disjoint halves of `count` things: all, or `most` random ones where there are more.
+
+    A half of an odd number is rounded down.
+    """
+    half = count // 2
+    ways = math.comb(count, half) * math.comb(count - half, half) // 2
+    if ways > most:
+        if not isinstance(seed, np.random.Generator):
+            whole("seed", seed, 0)
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(count).tolist() for _ in range(most)]
+        return [(tuple(order[:half]), tuple(order[half : 2 * half])) for order in orders]
+    return [
+        (first, second)
+        for first in itertools.combinations(range(count), half)
+        for second in itertools.combinations(sorted(set(range(count)) - set(first)), half)
+        if first < second
+    ]
 
 
 def mean_estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from msif_lib.evaluation import (
     Estimate,
     compare,
+    fidelity,
     linear_datamodeling_score,
     mean_estimate,
     paired,
     pearson,
+    reliability,
     slope,
     spearman,
 )
@@ -87,7 +90,41 @@ def test_a_perfect_prediction():
     for estimate in (agreement.pearson, agreement.spearman, agreement.slope):
         assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 1, 1))
     assert str(agreement.pearson) == "1.00 [1.00, 1.00]"
-    assert str(Estimate(0.984, -0.5, 1)) == "0.98 [-0.50, 1.00]"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "shown"),
+    [
+        ((0.984, -0.5, 1), "0.98 [-0.50, 1.00]"),
+        ((0.9996, 0.9991, 0.9999), "0.9996 [0.9991, 0.9999]"),
+        ((0.98, 0.97, 0.9996), "0.9800 [0.9700, 0.9996]"),
+        ((-0.997, -0.999, -0.99), "-0.997 [-0.999, -0.990]"),
+        ((1.0004, 1.0002, 1.0006), "1.000 [1.000, 1.001]"),
+        ((1 - 1e-16, 1 - 2e-16, 1 + 2e-16), "1.00 [1.00, 1.00]"),
+        ((1234.5, 1234.0, 1236.0), "1234.50 [1234.00, 1236.00]"),
+        ((-0.001, -0.002, 0.3), "0.00 [0.00, 0.30]"),
+        ((1e-20, 0.0, 2e-20), "1.00e-20 [0.00e+00, 2.00e-20]"),
+    ],
+)
+def test_an_estimate_is_shown_to_as_many_digits_as_it_needs(numbers, shown):
+    assert str(Estimate(*numbers)) == shown
+
+
+@given(
+    value=st.floats(-1, 1),
+    width=st.floats(1e-14, 0.5),
+    near=st.floats(1e-12, 1),
+    sign=st.booleans(),
+)
+def test_less_than_one_is_not_shown_as_one_nor_a_width_as_none(value, width, near, sign):
+    """Parsed again, the text has each number on its side of 1, and the ends apart."""
+    for middle in (value, (1 - near) * (1 if sign else -1)):
+        estimate = Estimate(middle, middle - width, middle + width)
+        value_, low, high = (float(text.strip("[],")) for text in str(estimate).split())
+        assert low < high
+        for number, read in zip((estimate.value, estimate.low, estimate.high), (value_, low, high)):
+            assert abs(number) > 1 - 1e-14 or abs(read) != 1
+            assert read == pytest.approx(number, abs=0.0051)
 
 
 def test_only_the_slope_sees_the_scale():
@@ -120,32 +157,6 @@ def test_three_points_still_have_an_interval():
             assert np.isfinite([estimate.low, estimate.high]).all()
 
 
-def test_the_linear_datamodeling_score_by_hand():
-    """Spearman over the removals, test by test, and the mean: (0.5 + 1 - 1) / 3."""
-    predicted = np.array([[1.0, 1.0, 3.0], [2.0, 2.0, 2.0], [3.0, 3.0, 1.0]])
-    actual = np.array([[2.0, 10.0, 1.0], [1.0, 20.0, 2.0], [3.0, 30.0, 3.0]])
-    estimate = linear_datamodeling_score(predicted, actual)
-    assert estimate.value == pytest.approx((0.5 + 1.0 - 1.0) / 3)
-    assert estimate.low < estimate.value < estimate.high
-
-
-def test_the_linear_datamodeling_score_against_scipy():
-    rng = np.random.default_rng(0)
-    predicted = rng.normal(size=(20, 7))
-    actual = predicted + rng.normal(size=(20, 7))
-    each = [scipy.stats.spearmanr(a, b)[0] for a, b in zip(predicted.T, actual.T)]
-    estimate = linear_datamodeling_score(predicted, actual)
-    assert estimate.value == pytest.approx(np.mean(each))
-    error = np.std(each) / np.sqrt(7)
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * error, rel=0.3)
-
-
-def test_the_linear_datamodeling_score_of_one_functional_is_spearman():
-    x, y = sample(25, 0.7, 6)
-    assert linear_datamodeling_score(x, y) == spearman(x, y)
-    assert linear_datamodeling_score(x[:, None], y[:, None]) == spearman(x, y)
-
-
 # --- means over seeds -----------------------------------------------------------------------------
 
 
@@ -168,6 +179,477 @@ def test_the_interval_of_a_mean_is_that_of_the_t_test():
 def test_what_has_no_interval(values, message):
     with pytest.raises(ValueError, match=message):
         mean_estimate(values)
+
+
+# --- subsets left out: measures -------------------------------------------------------------------
+
+
+def effects(
+    shape: tuple[int, int, int], seed: int, rho: float = 0.7
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    predicted = rng.normal(size=shape)
+    return predicted, rho * predicted + np.sqrt(1 - rho**2) * rng.normal(size=shape)
+
+
+def each(statistic, predicted, actual):
+    """A statistic of two vectors for every seed and functional ``(K, T)``, one by one."""
+    seeds, _, functionals = predicted.shape
+    return np.array(
+        [
+            [statistic(predicted[k, :, t], actual[k, :, t]) for t in range(functionals)]
+            for k in range(seeds)
+        ]
+    )
+
+
+def rank_correlation(x, y):
+    return scipy.stats.spearmanr(x, y)[0]
+
+
+def test_the_linear_datamodeling_score_by_hand():
+    """Spearman over the removals, test by test, and the mean: (0.5 + 1 - 1) / 3."""
+    predicted = np.array([[1.0, 1.0, 3.0], [2.0, 2.0, 2.0], [3.0, 3.0, 1.0]])
+    actual = np.array([[2.0, 10.0, 1.0], [1.0, 20.0, 2.0], [3.0, 30.0, 3.0]])
+    estimate = linear_datamodeling_score(predicted, actual)
+    assert estimate.value == pytest.approx((0.5 + 1.0 - 1.0) / 3)
+    assert -1 <= estimate.low < estimate.value < estimate.high <= 1
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(8, 25), st.integers(1, 4)),
+    rho=st.floats(-0.99, 0.99),
+    seed=st.integers(0, 2**16),
+    digits=st.sampled_from([0, 1, 9]),
+)
+def test_all_measures_are_scipys_averaged(shape, rho, seed, digits):
+    predicted, actual = (np.round(v, digits) for v in effects(shape, seed, rho))
+    ends = [np.sort(v, axis=1) for v in (predicted, actual)]
+    assume(all((v[:, 1] < v[:, -1]).all() and (v[:, 0] < v[:, -2]).all() for v in ends))
+    found = fidelity(predicted, actual)
+    ranks = each(rank_correlation, predicted, actual)
+    assert found.lds.value == pytest.approx(ranks.mean(), abs=1e-12)
+    assert found.quantiles == pytest.approx(
+        np.quantile(ranks.mean(0), [0.05, 0.25, 0.5, 0.75, 0.95]), abs=1e-12
+    )
+    for measure, statistic in (
+        (found.pearson, lambda x, y: scipy.stats.pearsonr(x, y)[0]),
+        (found.slope, lambda x, y: scipy.stats.linregress(x, y)[0]),
+        (found.error, lambda x, y: np.std(y - x) / np.std(y)),
+    ):
+        assert measure.value == pytest.approx(each(statistic, predicted, actual).mean(), abs=1e-11)
+    assert linear_datamodeling_score(predicted, actual) == found.lds
+
+
+def test_one_seed_and_one_functional_need_no_axis():
+    predicted, actual = effects((1, 20, 3), 1)
+    assert fidelity(predicted[0], actual[0]) == fidelity(predicted, actual)
+    x, y = predicted[0, :, 0], actual[0, :, 0]
+    assert fidelity(x, y) == fidelity(x[:, None], y[:, None])
+    assert linear_datamodeling_score(x, y).value == spearman(x, y, resamples=2).value
+    assert fidelity(torch.tensor(predicted), actual.tolist()) == fidelity(predicted, actual)
+
+
+def as_numbers(found) -> np.ndarray:
+    measures = [m for m in (found.lds, found.pearson, found.slope, found.error) if m is not None]
+    return np.array([[m.value, m.low, m.high] for m in measures])
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_order_of_seeds_subsets_and_functionals_does_not_matter(seeds):
+    predicted, actual = effects((seeds, 12, 5), 2)
+    rng = np.random.default_rng(3)
+    whole = as_numbers(fidelity(predicted, actual))
+    for axis in range(3):
+        order = rng.permutation(predicted.shape[axis])
+        moved = fidelity(predicted.take(order, axis), actual.take(order, axis))
+        assert as_numbers(moved) == pytest.approx(whole, abs=1e-10)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_only_ranks_make_the_score(seeds):
+    """Monotone maps, of each seed and functional its own, change nothing; falling ones the sign."""
+    predicted, actual = effects((seeds, 15, 4), 4)
+    score = linear_datamodeling_score(predicted, actual)
+    rng = np.random.default_rng(5)
+    scale, shift = np.exp(rng.normal(size=(seeds, 1, 4))), rng.normal(size=(seeds, 1, 4))
+    assert linear_datamodeling_score(np.exp(scale * predicted + shift), actual) == score
+    assert linear_datamodeling_score(predicted, np.arctan(scale * actual - shift)) == score
+    turned = linear_datamodeling_score(-predicted, actual)
+    assert (turned.value, turned.low, turned.high) == pytest.approx(
+        (-score.value, -score.high, -score.low), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_constant_is_no_error_and_a_factor_is(seeds):
+    predicted, actual = effects((seeds, 15, 4), 6)
+    offset = 3 * np.random.default_rng(7).normal(size=(seeds, 1, 4))
+    found = fidelity(predicted, actual)
+    assert as_numbers(fidelity(predicted + offset, actual - offset)) == pytest.approx(
+        as_numbers(found), abs=1e-10
+    )
+    doubled = fidelity(2 * predicted, actual)
+    assert doubled.lds == found.lds
+    assert doubled.slope.value == pytest.approx(found.slope.value / 2)
+    exact = fidelity(0.75 * actual, actual)
+    assert as_numbers(exact) == pytest.approx(
+        np.array([[1.0] * 3, [1.0] * 3, [4 / 3] * 3, [0.25] * 3]), abs=1e-9
+    )
+    assert fidelity(1e-200 * predicted, 1e-200 * actual).error.value == pytest.approx(
+        found.error.value
+    )
+
+
+def test_predictions_without_a_scale_have_neither_slope_nor_error():
+    predicted, actual = effects((2, 10, 3), 8)
+    plain, scaled = fidelity(predicted, actual, scaled=False), fidelity(predicted, actual)
+    assert plain.slope is None and plain.error is None
+    assert (plain.lds, plain.pearson, plain.quantiles) == (
+        scaled.lds, scaled.pearson, scaled.quantiles,
+    )  # fmt: skip
+
+
+# --- subsets left out: intervals ------------------------------------------------------------------
+
+
+def lines(slopes: np.ndarray, subsets: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true effects whose slopes are exactly these, ``(K, T)``."""
+    predicted = np.random.default_rng(0).normal(size=(len(slopes), subsets, slopes.shape[1]))
+    return predicted, slopes[:, None] * predicted
+
+
+def close_to(estimate: Estimate, expected: Estimate) -> bool:
+    wanted = (expected.value, expected.low, expected.high)
+    return (estimate.value, estimate.low, estimate.high) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_of_one_functional_the_interval_is_students_over_the_seeds():
+    slopes = np.random.default_rng(9).normal(1, 0.3, size=(5, 1))
+    found = fidelity(*lines(slopes), confidence=0.9).slope
+    assert close_to(found, mean_estimate(slopes[:, 0], confidence=0.9))
+
+
+def test_where_subsets_do_not_matter_the_interval_is_students_over_the_functionals():
+    slopes = np.random.default_rng(10).normal(1, 0.3, size=(1, 6))
+    assert close_to(fidelity(*lines(slopes)).slope, mean_estimate(slopes[0]))
+
+
+def test_of_one_functional_and_seed_the_interval_is_the_jackknifes():
+    """Quenouille's variance (n − 1)/n Σ (s₋ᵢ − mean)², subsets left out one by one."""
+    (x, y), n = sample(30, 0.6, 11), 30
+    without = [rank_correlation(np.delete(x, i), np.delete(y, i)) for i in range(n)]
+    error = np.sqrt((n - 1) / n * ((without - np.mean(without)) ** 2).sum())
+    half = scipy.stats.t.ppf(0.975, n - 1) * error
+    value = rank_correlation(x, y)
+    assert close_to(linear_datamodeling_score(x, y), Estimate(value, value - half, value + half))
+
+
+def test_seeds_and_functionals_each_add_their_variance():
+    """Without interaction: the two variances of a mean, added, and Satterthwaite's freedom."""
+    rng = np.random.default_rng(12)
+    of_seed, of_functional = rng.normal(1, 0.3, size=(4, 1)), rng.normal(0, 0.2, size=(1, 7))
+    parts = of_seed.var(ddof=1) / 4, of_functional.var(ddof=1) / 7
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 6)
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
+    slopes = of_seed + of_functional
+    value = slopes.mean()
+    found = fidelity(*lines(slopes)).slope
+    assert close_to(found, Estimate(value, value - half, value + half))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 0, 0), (0.1, 1, 0), (0, 0, 1), (0.2, 0.5, 3)])
+def test_the_mean_of_a_crossed_table_is_covered(seeds, sizes):
+    """Effects of seed and functional and their interaction in various sizes, 500 tables each."""
+    rng = np.random.default_rng(13)
+    covered = 0
+    for _ in range(500):
+        slopes = sum(
+            size * rng.normal(size=shape)
+            for size, shape in zip(sizes, [(seeds, 1), (1, 6), (seeds, 6)], strict=True)
+        )
+        found = fidelity(*lines(np.asarray(slopes))).slope
+        covered += found.low <= 0 <= found.high
+    assert covered / 500 >= 0.92
+
+
+@dataclass(frozen=True)
+class World:
+    """Normal effects, whose correlations vary with the seed and with the functional.
+
+    `common` is the share of the variance of an effect that all functionals have together.
+    """
+
+    seeds: int
+    subsets: int
+    functionals: int
+    level: float
+    of_seed: float = 0.0
+    of_functional: float = 0.2
+    common: float = 0.5
+
+    def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        rho = np.tanh(
+            self.level
+            + self.of_seed * rng.normal(size=(self.seeds, 1, 1))
+            + self.of_functional * rng.normal(size=(1, 1, self.functionals))
+        )
+
+        def field() -> np.ndarray:
+            together = rng.normal(size=(self.seeds, self.subsets, 1))
+            alone = rng.normal(size=(self.seeds, self.subsets, self.functionals))
+            return np.sqrt(self.common) * together + np.sqrt(1 - self.common) * alone
+
+        predicted = field()
+        return predicted, rho * predicted + np.sqrt(1 - rho**2) * field()
+
+    def mean(self, of_correlation) -> float:
+        """Of a function of the correlation over seeds and functionals, by Gauss–Hermite."""
+        points, weights = np.polynomial.hermite_e.hermegauss(80)
+        spread = np.hypot(self.of_seed, self.of_functional)
+        return float(of_correlation(np.tanh(self.level + spread * points)) @ weights) / float(
+            weights.sum()
+        )
+
+    @property
+    def score(self) -> float:
+        """Spearman's ρ of a normal pair is 6/π arcsin(r/2) (Pearson 1907)."""
+        return self.mean(lambda r: 6 / np.pi * np.arcsin(r / 2))
+
+
+def coverage(world: World, interval, truth: float, repeats: int) -> float:
+    rng = np.random.default_rng(14)
+    found = [interval(*world.draw(rng)) for _ in range(repeats)]
+    return float(np.mean([e.low <= truth <= e.high for e in found]))
+
+
+WORLDS = {
+    "one seed": World(1, 30, 10, 0.8),
+    "one seed, high": World(1, 60, 10, 2.0),
+    "one seed, one functional": World(1, 40, 1, 1.0, of_functional=0.0, common=0.0),
+    "one seed, none": World(1, 30, 10, 0.0, of_functional=0.0),
+    "three seeds": World(3, 40, 10, 1.0, of_seed=0.3),
+    "three seeds alike": World(3, 40, 10, 1.0),
+    "five seeds, high": World(5, 40, 10, 1.8, of_seed=0.2),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
+def test_the_scores_interval_covers_about_as_often_as_it_says(world):
+    assert 0.91 <= coverage(world, linear_datamodeling_score, world.score, 400) <= 0.99
+
+
+@pytest.mark.parametrize("name", ["one seed", "three seeds"])
+@pytest.mark.parametrize(
+    ("measure", "of_correlation"),
+    [
+        ("pearson", lambda r: r),
+        ("slope", lambda r: r),
+        ("error", lambda r: np.sqrt(2 - 2 * r)),  # both effects have variance 1
+    ],
+)
+def test_so_do_those_of_the_other_measures(name, measure, of_correlation):
+    world = WORLDS[name]
+
+    def interval(predicted, actual):
+        return getattr(fidelity(predicted, actual), measure)
+
+    assert 0.91 <= coverage(world, interval, world.mean(of_correlation), 300) <= 0.99
+
+
+def test_functionals_alone_make_too_narrow_an_interval():
+    """What the subsets have in common moves the scores of all functionals together."""
+    world = World(1, 30, 20, 0.8, of_functional=0.1)
+
+    def of_functionals(predicted, actual):
+        return mean_estimate(each(rank_correlation, predicted, actual)[0])
+
+    assert coverage(world, of_functionals, world.score, 200) < 0.8
+    assert coverage(world, linear_datamodeling_score, world.score, 200) >= 0.91
+
+
+@pytest.mark.parametrize("name", ["one seed, high", "three seeds", "five seeds, high"])
+def test_so_do_percentiles_of_a_bootstrap_of_seeds_subsets_and_functionals(name):
+    """K seeds drawn from K have too little variance, and ties pull high scores down."""
+    world, resamples = WORLDS[name], 100
+    rng = np.random.default_rng(15)
+
+    def ranks(values: np.ndarray) -> np.ndarray:
+        found = scipy.stats.rankdata(values, axis=2)
+        return found - found.mean(2, keepdims=True)
+
+    def nested(predicted, actual):
+        seeds, subsets, functionals = predicted.shape
+        drawn = (
+            rng.integers(seeds, size=(resamples, seeds, 1, 1)),
+            rng.integers(subsets, size=(resamples, seeds, subsets, 1)),
+            rng.integers(functionals, size=(resamples, 1, 1, functionals)),
+        )
+        x, y = ranks(predicted[drawn]), ranks(actual[drawn])
+        scores = (x * y).sum(2) / np.sqrt((x * x).sum(2) * (y * y).sum(2))
+        low, high = np.quantile(scores.mean((1, 2)), [0.025, 0.975])
+        return Estimate(0.0, float(low), float(high))
+
+    assert coverage(world, nested, world.score, 100) < 0.9
+
+
+# --- reliability ----------------------------------------------------------------------------------
+
+
+def trainings(count: int, shape: tuple[int, int], noise: float, seed: int) -> np.ndarray:
+    """True effects of variance 1 in so many trainings ``(R, S, T)``, with noise of their own."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=shape) + noise * rng.normal(size=(count, *shape))
+
+
+def test_two_trainings_are_two_halves():
+    effect = trainings(2, (25, 3), 0.5, 16)
+    found = reliability(effect)
+    halves = each(rank_correlation, effect[:1], effect[1:]).mean()
+    assert found.halves == linear_datamodeling_score(effect[0], effect[1])
+    assert found.halves.value == pytest.approx(halves)
+    assert found.stepped_up.value == pytest.approx(2 * halves / (1 + halves))
+    assert found.ceiling.value == pytest.approx(np.sqrt(2 * halves / (1 + halves)))
+    one = reliability(effect[..., 0])
+    assert one == reliability(effect[..., :1])
+
+
+@pytest.mark.parametrize(
+    ("count", "pairs"),
+    [
+        (3, ["0 1", "0 2", "1 2"]),
+        (4, ["01 23", "02 13", "03 12"]),
+    ],
+)
+def test_all_splits_count_alike(count, pairs):
+    effect = trainings(count, (20, 2), 0.8, 17)
+    found = reliability(effect)
+    means = [[effect[[int(i) for i in half]].mean(0)[None] for half in p.split()] for p in pairs]
+    halves = np.mean([each(rank_correlation, *pair) for pair in means])
+    assert found.halves.value == pytest.approx(halves)
+    ratio = {3: 3, 4: 2}[count]
+    assert found.stepped_up.value == pytest.approx(ratio * halves / (1 + (ratio - 1) * halves))
+    order = np.random.default_rng(0).permutation(count)
+    assert reliability(effect[order]).halves.value == pytest.approx(halves)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8])
+def test_the_step_up_is_the_reliability_of_the_mean_over_all(count):
+    """By variances it is 1/(1 + noise²/R), whatever the number of halves; ranks come close."""
+    noise, shape = 1.0, (400, 6)
+    found = reliability(trainings(count, shape, noise, 18), splits=10)
+    assert found.stepped_up.value == pytest.approx(1 / (1 + noise**2 / count), abs=0.035)
+
+
+def test_the_ceiling_is_what_the_expected_effect_scores():
+    expected = np.random.default_rng(19).normal(size=(600, 5))
+    effect = expected + np.random.default_rng(20).normal(size=(4, 600, 5))
+    score = linear_datamodeling_score(expected, effect.mean(0))
+    assert reliability(effect).ceiling.value == pytest.approx(score.value, abs=0.02)
+
+
+def test_trainings_that_agree_and_that_have_nothing_in_common():
+    same = reliability(np.repeat(trainings(1, (10, 2), 0.0, 21), 4, axis=0))
+    assert (same.halves.value, same.stepped_up.value, same.ceiling.low) == pytest.approx((1, 1, 1))
+    opposite = trainings(1, (10, 2), 0.0, 22)[0]
+    none = reliability(np.stack([opposite, -opposite]))
+    assert none.halves.value == pytest.approx(-1)
+    assert none.stepped_up == none.ceiling == Estimate(0.0, 0.0, 0.0)
+
+
+def test_the_interval_of_the_halves_covers_about_as_often_as_it_says():
+    """Halves of two: variance 1 for the effect, noise²/2 for each."""
+    truth = 6 / np.pi * np.arcsin(1 / (1 + 0.8**2 / 2) / 2)
+    covered = 0
+    for seed in range(300):
+        found = reliability(trainings(4, (30, 4), 0.8, seed)).halves
+        covered += found.low <= truth <= found.high
+    assert 0.91 <= covered / 300 <= 0.99
+
+
+def test_models_have_trainings_of_their_own():
+    models = np.stack([trainings(4, (20, 3), 0.6, seed) for seed in (23, 24, 25)])
+    found = reliability(models)
+    alone = [reliability(model).halves.value for model in models]
+    assert found.halves.value == pytest.approx(np.mean(alone))
+    assert close_to(
+        reliability(models[..., :1]).halves,
+        mean_estimate([reliability(model[..., :1]).halves.value for model in models]),
+    )
+
+
+def test_random_splits_take_a_seed():
+    effect = trainings(8, (15, 2), 1.0, 26)
+    first = reliability(effect, splits=5)
+    assert reliability(effect, splits=5, seed=np.random.default_rng(0)) == first
+    assert reliability(effect, splits=5, seed=1) != first
+    assert reliability(effect, splits=35, seed=1) == reliability(effect, splits=35, seed=2)
+
+
+# --- subsets left out: errors ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", [linear_datamodeling_score, fidelity])
+@pytest.mark.parametrize(
+    ("predicted", "actual", "message"),
+    [
+        (np.ones((3, 2)), np.ones((2, 3)), r"both be .* or \(K, S, T\), not \(3, 2\) and \(2, 3\)"),
+        (np.ones((1, 3, 2, 2)), np.ones((1, 3, 2, 2)), r"both be \(S,\), \(S, T\)"),
+        (np.float64(1), np.float64(1), r"both be \(S,\), \(S, T\)"),
+        (np.ones((0, 5, 2)), np.ones((0, 5, 2)), r"a seed, .* its shape is \(0, 5, 2\)"),
+        (np.ones((2, 5, 0)), np.ones((2, 5, 0)), r"a functional .* its shape is \(2, 5, 0\)"),
+        (np.ones((2, 2)), np.ones((2, 2)), "3 subsets at least"),
+        ([1.0, 2.0, np.nan], [1.0, 2.0, 3.0], "^predicted must be finite"),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, np.inf], "^actual must be finite"),
+        (np.ones((3, 2)), np.arange(6.0).reshape(3, 2), "^predicted is constant .* functional 0"),
+        (
+            np.arange(6.0).reshape(3, 2), np.array([[1.0, 2], [2, 2], [3, 2]]),
+            r"^actual is constant .* functional 1.* \(1 of 2",
+        ),
+        ([0.0, 0.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0], "constant but for one subset"),
+    ],
+)  # fmt: skip
+def test_what_has_no_score(measure, predicted, actual, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=message):
+            measure(predicted, actual)
+
+
+def test_of_several_seeds_effects_may_differ_in_one_subset():
+    predicted = np.tile([0.0, 0.0, 0.0, 1.0], (2, 1))[..., None]
+    actual = np.array([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]])[..., None]
+    assert np.isfinite(as_numbers(fidelity(predicted, actual))).all()
+
+
+@pytest.mark.parametrize(
+    ("effect", "message"),
+    [
+        (np.ones(4), r"with R of 2 or more, not \(4,\)"),
+        (np.ones((1, 5, 2)), r"with R of 2 or more, not \(1, 5, 2\)"),
+        (np.ones((2, 2, 1)), "3 subsets"),
+        (np.ones((2, 5, 1)), "^actual_by_seed is constant"),
+        (np.full((2, 5, 1), np.nan), "^actual_by_seed must be finite"),
+    ],
+)
+def test_what_has_no_reliability(effect, message):
+    with pytest.raises(ValueError, match=message):
+        reliability(effect)
+
+
+def test_settings_of_measures_over_subsets():
+    predicted, actual = effects((2, 5, 2), 27)
+    for measure in (linear_datamodeling_score, fidelity, reliability):
+        arguments = (predicted,) if measure is reliability else (predicted, actual)
+        with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+            measure(*arguments, confidence=95)
+    with pytest.raises(TypeError, match="scaled must be True or False"):
+        fidelity(predicted, actual, scaled="yes")
+    with pytest.raises(ValueError, match="splits must be at least 1"):
+        reliability(predicted, splits=0)
+    with pytest.raises(TypeError, match="seed must be a whole number"):
+        reliability(trainings(8, (5, 2), 1.0, 28), splits=2, seed=0.5)
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -198,12 +680,6 @@ def test_arguments():
             pearson(x, y, confidence=confidence)
     with pytest.raises(ValueError, match="resamples must be at least 1"):
         pearson(x, y, resamples=0)
-    with pytest.raises(ValueError, match=r"both be \(S, T\) or \(S,\), not \(3, 2\) and \(2, 3\)"):
-        linear_datamodeling_score(np.ones((3, 2)), np.ones((2, 3)))
-    with pytest.raises(ValueError, match=r"both be \(S, T\)"):
-        linear_datamodeling_score(np.ones((3, 2, 2)), np.ones((3, 2, 2)))
-    with pytest.raises(ValueError, match="constant"):
-        linear_datamodeling_score(np.ones((3, 2)), np.arange(6.0).reshape(3, 2))
 
 
 def test_students_interval_covers_as_often_as_it_says():
