@@ -29,8 +29,9 @@ from torch import Tensor
 
 from msif_lib.curvature import AddDiagonal, CrossHessian, GaussNewton, Hessian, Scaled
 from msif_lib.descent import Keep, Path, pull_back
+from msif_lib.ekfac import EKFAC, Preconditioned
 from msif_lib.lanczos import functions_of
-from msif_lib.solvers import MinRes, Solver, SolveReport
+from msif_lib.solvers import ConjugateGradient, Dense, MinRes, Solver, SolveReport
 from msif_lib.stage import Stage
 from msif_lib.support.arguments import check_each, check_limits, instance, not_negative, positive
 from msif_lib.support.identity import ProblemIdentity
@@ -42,7 +43,10 @@ from msif_lib.support.state import OwnState
 CURVATURES: dict[str, Callable[[Stage, Block], LinearOperator]] = {
     "hessian": Hessian,
     "gauss-newton": GaussNewton,
+    "ekfac": EKFAC,
 }
+#: What an iterative solve may be preconditioned by. Changes what it costs, never what is solved.
+PRECONDITIONERS = ("gauss-newton", "ekfac")
 
 
 def check_solver(name: str, solver: Solver) -> Solver:
@@ -266,11 +270,33 @@ class _Stationary(_Curved):
     """A link whose trained parameters are a stationary point: one solve."""
 
     solver: Solver
+    preconditioner: str
 
     def __post_init__(self) -> None:
         self._check_stage()
         check_solver("solver", self.solver)
         self._check_curvature()
+        if self.preconditioner not in PRECONDITIONERS:
+            raise ValueError(
+                f"preconditioner must be one of {[*PRECONDITIONERS]}, not {self.preconditioner!r}"
+            )
+
+    @property
+    def operator(self) -> LinearOperator:
+        """The matrix of the solve, with its preconditioner."""
+        if self.curvature == "ekfac":
+            return self._ekfac()
+        matrix = self._matrix()
+        by_ekfac = self.preconditioner == "ekfac"
+        return Preconditioned(matrix, self._ekfac()) if by_ekfac else matrix
+
+    def _matrix(self) -> LinearOperator:
+        """H, or what stands in its place."""
+        return CURVATURES[self.curvature](self.stage, self.block)
+
+    def _ekfac(self) -> EKFAC:
+        """The same by EK-FAC."""
+        return EKFAC(self.stage, self.block)
 
     def slope(self, given: Tensor | None) -> Tensor:
         """∇J over what is trained."""
@@ -278,8 +304,12 @@ class _Stationary(_Curved):
 
     def _solve(self, cotangent: Tensor, asked: Asked) -> tuple[Tensor, tuple[SolveReport, ...]]:
         right = self._on_block(cotangent)
-        operator = asked.operator(self, "operator")
-        solution = self.solver.solve(operator, right, progress=asked.progress)
+        operator, solver = asked.operator(self, "operator"), self.solver
+        direct = isinstance(solver, MinRes | ConjugateGradient | Dense)
+        if isinstance(operator, EKFAC) and direct and not getattr(solver, "squared", False):
+            solution = operator.solve(right, solver.damping)
+        else:
+            solution = solver.solve(operator, right, progress=asked.progress)
         return solution.x, (solution.report,)
 
 
@@ -296,12 +326,15 @@ class Optimum(_Stationary):
     solver
         For H⁻¹.
     curvature
-        ``"hessian"``, or ``"gauss-newton"`` in its place.
+        ``"hessian"``, or ``"gauss-newton"`` or ``"ekfac"`` in its place; the last is solved by
+        its factors, with the solver's damping.
+    preconditioner
+        Of an iterative solve: ``"gauss-newton"``, by its leading rows, or ``"ekfac"``.
 
     Raises
     ------
     ValueError
-        An unknown curvature.
+        An unknown curvature or preconditioner.
     TypeError
         `solver` is none.
     """
@@ -309,6 +342,7 @@ class Optimum(_Stationary):
     stage: Stage
     solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
     curvature: str = "hessian"
+    preconditioner: str = "gauss-newton"
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """H u = λ; nothing is handed back of what is trained."""
@@ -330,12 +364,14 @@ class Frozen(_Stationary):
     solver
         For J_ΘΘ⁻¹.
     curvature
-        Of J_ΘΘ: ``"hessian"``, or ``"gauss-newton"`` in its place.
+        Of J_ΘΘ, as for :class:`Optimum`. The cross term J_WΘ is exact with each.
+    preconditioner
+        As for :class:`Optimum`.
 
     Raises
     ------
     ValueError
-        An unknown curvature.
+        An unknown curvature or preconditioner.
     TypeError
         `solver` is none.
     """
@@ -343,6 +379,7 @@ class Frozen(_Stationary):
     stage: Stage
     solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
     curvature: str = "hessian"
+    preconditioner: str = "gauss-newton"
 
     @property
     def block(self) -> Block:
@@ -370,13 +407,13 @@ class Proximal(_Stationary):
         α > 0, the strength of the pull (there is no ½).
     solver
         For K⁻¹.
-    curvature
-        Of J: ``"hessian"``, or ``"gauss-newton"`` in its place.
+    curvature, preconditioner
+        Of J, as for :class:`Optimum`.
 
     Raises
     ------
     ValueError
-        α ≤ 0 or infinite; an unknown curvature.
+        α ≤ 0 or infinite; an unknown curvature or preconditioner.
     TypeError
         `solver` is none.
     """
@@ -385,6 +422,7 @@ class Proximal(_Stationary):
     alpha: float
     solver: Solver = MinRes()  # noqa: RUF009 (frozen dataclass)
     curvature: str = "hessian"
+    preconditioner: str = "gauss-newton"
 
     def __post_init__(self) -> None:
         at_0 = "the finetuned model no longer depends on the pretrained embedding"
@@ -398,10 +436,15 @@ class Proximal(_Stationary):
         pull[: self.stage.embedding_size] = 2 * self.alpha
         return self._on_block(pull)
 
-    @property
-    def operator(self) -> LinearOperator:
+    def _matrix(self) -> LinearOperator:
         """K = H + 2α on W."""
-        return AddDiagonal(super().operator, self.pull)
+        return AddDiagonal(super()._matrix(), self.pull)
+
+    def _ekfac(self) -> EKFAC:
+        """K by EK-FAC: what is shared and what is not are in different layers there."""
+        with_pull = super()._ekfac().scaled(torch.ones_like(self.pull), self.pull)
+        assert with_pull is not None
+        return with_pull
 
     def slope(self, given: Tensor | None) -> Tensor:
         """∇(α‖W − c‖² + J) over what is trained."""
@@ -439,7 +482,9 @@ class Stopped(_Curved):
         τ: for SGD with one rate the sum of the learning rates, divided by 1 − μ for momentum μ
         (``path.time``).
     curvature
-        ``"hessian"``, or ``"gauss-newton"`` in its place.
+        ``"hessian"``, or ``"gauss-newton"`` or ``"ekfac"`` in its place. Functions of the last are
+        taken of its eigenvalues where `scale` and `decay` are constant on each layer (Bae et al.
+        2024), else by Lanczos too.
     scale
         P, by which the optimiser multiplies gradients, ``(p,)`` over all parameters: for Adam
         1/(√v̂ + ε) at the end, and the factor of a parameter group's rate. None: 1.
@@ -503,7 +548,7 @@ class Stopped(_Curved):
 
     def pull_back(self, cotangent: Tensor, asked: Asked = Asked()) -> PulledBack:
         """u = φ(H) λ; handed back is e^(−τH⁺) λ on W."""
-        tau, scaled = self.time, self._scaled(asked.operator(self, "operator"))
+        tau, operator = self.time, asked.operator(self, "operator")
 
         def phi(sigma: Tensor) -> Tensor:
             positive = sigma > 0
@@ -513,30 +558,32 @@ class Stopped(_Curved):
         def flow(sigma: Tensor) -> Tensor:
             return torch.exp(-tau * sigma.clamp_min(0))
 
-        root = scaled.root[:, None]  # P^½: u = P^½ φ(H̃) P^½ λ, back P^−½ e^(−τH̃⁺) P^½ λ
-        (u, left), report = functions_of(
-            scaled,
-            root * self._on_block(cotangent),
-            (phi, flow),
-            tol=self.tol,
-            max_iterations=self.max_iterations,
-            system=f"(1 − exp(−{tau:.4g} A))/A b",
-            progress=asked.progress,
-        )
+        scale, decay = self._scale_and_decay()
+        root = scale.sqrt()[:, None]  # P^½: u = P^½ φ(H̃) P^½ λ, back P^−½ e^(−τH̃⁺) P^½ λ
+        right, system = root * self._on_block(cotangent), f"(1 − exp(−{tau:.4g} A))/A b"
+        known = operator.scaled(scale, decay) if isinstance(operator, EKFAC) else None
+        if known is not None:
+            (u, left), report = known.functions(right, (phi, flow), system)
+        else:
+            (u, left), report = functions_of(
+                Scaled(operator, scale.sqrt(), decay),
+                right,
+                (phi, flow),
+                tol=self.tol,
+                max_iterations=self.max_iterations,
+                system=system,
+                progress=asked.progress,
+            )
         u = root * u
         handed = self._on_shared(left / root) + self._of_held(cotangent, u, asked)
         return PulledBack(handed, self._whole(u), None, (report,))
 
-    def _scaled(self, operator: LinearOperator) -> Scaled:
-        """H̃ = P^½ H P^½ + δI of what is trained."""
+    def _scale_and_decay(self) -> tuple[Tensor, Tensor]:
+        """P and δ of H̃ = P^½ H P^½ + δI, on what is trained."""
         ones = torch.ones_like(self.stage.vector())
         scale = ones if self.scale is None else self.scale.to(ones)
         decay = torch.as_tensor(self.decay, dtype=ones.dtype, device=ones.device)
-        return Scaled(
-            operator,
-            self._on_block(scale).sqrt(),
-            self._on_block(ones * decay),
-        )
+        return self._on_block(scale), self._on_block(ones * decay)
 
 
 @dataclass(frozen=True, eq=False)

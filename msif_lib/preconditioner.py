@@ -35,7 +35,7 @@ MOST_ROWS, FEWEST_ROWS = 1024, 16
 _EXAMPLES = 2**16
 # Outputs of more numbers than this (the softmax of a language model) have a curvature too large to
 # take apart.
-_LARGEST_OUTPUT = 128
+LARGEST_OUTPUT = 128
 # Where D is zero or next to it, P takes this share of its largest eigenvalue in place of D: what
 # the rows leave out is not zero.
 _FLOOR = 1e-4
@@ -141,7 +141,7 @@ def _rows(stage: Stage, at: Tensor, rows: int, block: Block) -> Tensor | None:
     jitter = torch.rand(trace.shape, generator=chance, dtype=trace.dtype, device=trace.device)
     leading = (trace * (1 + 1e-3 * jitter)).topk(min(rows, len(trace))).indices.sort().values
     examples = [looked_at[number] for number in leading.tolist()]
-    modes = torch.cat([_modes(stage, at, *some) for some in _read(stage, examples)])
+    modes = torch.cat([modes_of(_curvature(stage, at, *some)) for some in _read(stage, examples)])
     mass = modes.pow(2).sum(2).flatten()
     chosen = mass.topk(min(rows, len(mass))).indices.sort().values
     share = float(mass[chosen].sum() / trace.sum())
@@ -181,12 +181,26 @@ def _curvature(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tenso
     inputs, targets = batch
     with torch.no_grad():
         outputs = stage.batch_outputs(stage.parameters.views(at), inputs)
-    count = count_of(batch)
+    return curvature_in_outputs(stage, outputs, targets, weights)
+
+
+def curvature_in_outputs(stage: Stage, outputs: Tensor, targets: Nested, weights: Tensor) -> Tensor:
+    """The Hessians w ℓ'' of losses in the K outputs of each example, ``(b, K, K)``.
+
+    Raises
+    ------
+    ValueError
+        `outputs` is not one tensor with the examples as first dimension, or more than 128 numbers
+        an example.
+    """
+    count = len(weights)
     if not isinstance(outputs, Tensor) or len(outputs) != count:
         raise ValueError("the outputs are not one tensor with the examples as first dimension")
     flat = outputs.reshape(count, -1)
-    if flat.shape[1] > _LARGEST_OUTPUT:
-        raise ValueError("the outputs of an example are too many")
+    if flat.shape[1] > LARGEST_OUTPUT:
+        raise ValueError(
+            f"the outputs of an example are too many: {flat.shape[1]}, at most {LARGEST_OUTPUT}"
+        )
 
     def loss(output: Tensor, target: Nested) -> Tensor:
         one = map_leaves(itemgetter(None), target)
@@ -195,7 +209,7 @@ def _curvature(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tenso
     return vmap(hessian(loss))(flat, targets).detach() * weights[:, None, None]
 
 
-def _modes(stage: Stage, at: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-    """The u_ic of a batch, ``(b, K, K)``: w ℓ''_i = Σ_c u_ic u_icᵀ for outputs of K numbers."""
-    values, vectors = torch.linalg.eigh(_curvature(stage, at, batch, weights))
+def modes_of(curvature: Tensor) -> Tensor:
+    """The u_ic ``(b, K, K)`` of w ℓ''_i = Σ_c u_ic u_icᵀ; a negative eigenvalue gives none."""
+    values, vectors = torch.linalg.eigh(curvature)
     return vectors.mT * values.clamp_min(0).sqrt()[:, :, None]

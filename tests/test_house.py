@@ -25,7 +25,7 @@ LAYERS = [
     ["stage"],
     ["optimisers"],
     ["preconditioner", "minres", "steps"],
-    ["curvature", "solvers", "lanczos", "training", "descent"],
+    ["curvature", "ekfac", "solvers", "lanczos", "training", "descent"],
     ["links", "scores"],
     ["handover", "kept"],
     ["influence"],
