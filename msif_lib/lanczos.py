@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.solvers import FailedSolve, Operator, SolveReport, SolverWarning
+from msif_lib.spectrum import Tridiagonal, lanczos
 from msif_lib.support.arguments import check_limits, check_system
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import in_own_state
@@ -78,51 +79,44 @@ def functions_of(
         tol = 1e-8 if b.dtype == torch.float64 else 1e-4
     limit, dtype = min(len(b), max_iterations or 300), b.dtype
     b = b.to(torch.promote_types(dtype, torch.float32))
-    # Norms and inner products are in double precision, where no square of theirs is lost.
     lengths = b.norm(dim=0, dtype=torch.float64)
-    basis = [_divided(b, lengths)]
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    before: list[Tensor] | None = None
+
+    def product(v: Tensor) -> Tensor:
+        w = (operator @ v.to(dtype)).to(b)
+        if not w.isfinite().all():
+            raise FailedSolve(
+                f"Lanczos: {system}: a product with A is not finite; look for non-finite "
+                "second derivatives (sqrt or norm at zero) or overflow in float32"
+            )
+        return w
+
+    before: list[Tensor] = []
     change, history = torch.full_like(lengths, torch.inf), []
     with tqdm(desc="Lanczos", disable=not progress, delay=1, leave=False, unit=" it") as bar:
-        while True:
-            v = basis[-1]
-            w = (operator @ v.to(dtype)).to(b)
-            if not w.isfinite().all():
-                raise FailedSolve(
-                    f"Lanczos: {system}: a product with A is not finite; look for non-finite "
-                    "second derivatives (sqrt or norm at zero) or overflow in float32"
-                )
-            alphas.append((v.double() * w).sum(0))
-            for _ in range(2):  # once more, for rounding has left some of them in
-                for old in basis:
-                    w = w - old * (old * w).sum(0)
-            beta = w.norm(dim=0, dtype=torch.float64)
+        for found in lanczos(product, b):
             bar.update()
-            size = max(float(torch.stack(alphas).abs().max()), float(beta.max()))
-            # A direction that is rounding only: the Krylov space holds all of b.
-            beta = torch.where(beta > size * torch.finfo(b.dtype).eps ** 0.75, beta, 0.0)
-            steps, ended = len(alphas), not bool(beta.any()) or len(alphas) >= limit
-            if ended or steps % _LOOK_EVERY == 0:
-                now = [_coefficients(f, alphas, betas) for f in functions]
-                change = torch.zeros_like(lengths)
-                for index, weights in enumerate(now):
-                    moved = weights.clone()
-                    if before is not None:
-                        moved[: len(before[index])] -= before[index]
-                    scale = weights.norm(dim=0)
-                    change = change.maximum(moved.norm(dim=0) / torch.where(scale > 0, scale, 1.0))
-                exhausted = steps == len(b) or not bool(beta.any())
-                change = torch.zeros_like(change) if exhausted else change.nan_to_num(torch.inf)
-                history.append(float(change.max()))
-                before = now
-                if ended or bool((change <= tol).all()):
-                    break
-            betas.append(beta)
-            basis.append(_divided(w, beta))
+            steps = len(found.alphas)
+            ended = found.exhausted or steps >= limit
+            if not ended and steps % _LOOK_EVERY:
+                continue
+            now = [_coefficients(f, found) for f in functions]
+            change = torch.zeros_like(lengths)
+            for index, weights in enumerate(now):
+                moved = weights.clone()
+                if before:
+                    moved[: len(before[index])] -= before[index]
+                scale = weights.norm(dim=0)
+                change = change.maximum(moved.norm(dim=0) / torch.where(scale > 0, scale, 1.0))
+            exhausted = found.exhausted
+            change = torch.zeros_like(change) if exhausted else change.nan_to_num(torch.inf)
+            history.append(float(change.max()))
+            before = now
+            if ended or bool((change <= tol).all()):
+                break
     results = [
-        sum((v * weights for v, weights in zip(basis, coefficients)), torch.zeros_like(b)).to(dtype)
+        sum((v * weights for v, weights in zip(found.basis, coefficients)), torch.zeros_like(b)).to(
+            dtype
+        )
         for coefficients in (weights * lengths for weights in before)
     ]
     converged = bool((change <= tol).all())
@@ -130,8 +124,8 @@ def functions_of(
         solver="Lanczos",
         system=system,
         damping=0.0,
-        iterations=len(alphas),
-        products=len(alphas) * b.shape[1],
+        iterations=steps,
+        products=steps * b.shape[1],
         residuals=tuple(change.tolist()),
         history=tuple(history),
         converged=converged,
@@ -152,17 +146,7 @@ def functions_of(
     return results, report
 
 
-def _divided(columns: Tensor, lengths: Tensor) -> Tensor:
-    """Columns of length 1, or zero where that is the length."""
-    inverse = torch.where(lengths > 0, 1 / torch.where(lengths > 0, lengths, 1.0), 0.0)
-    return (columns.double() * inverse).to(columns.dtype)
-
-
-def _coefficients(f: Spectral, alphas: list[Tensor], betas: list[Tensor]) -> Tensor:
+def _coefficients(f: Spectral, found: Tridiagonal) -> Tensor:
     """f(T) e_1 for the tridiagonal T of each column, ``(m, k)``."""
-    diagonal, beside = torch.stack(alphas, 1), torch.stack(betas, 1) if betas else None
-    tridiagonal = torch.diag_embed(diagonal)
-    if beside is not None:
-        tridiagonal = tridiagonal + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
-    values, vectors = torch.linalg.eigh(tridiagonal)
+    values, vectors = found.eigenpairs()
     return (vectors @ (f(values) * vectors[:, 0, :])[:, :, None])[:, :, 0].T

@@ -14,13 +14,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from msif_lib.minres import Iterate, Preconditioner, far_scales, minimal_residual
+from msif_lib.spectrum import lowest_eigenvalue
 from msif_lib.support.arguments import check_limits, check_system, flag, not_negative, whole
 from msif_lib.support.notices import warn_caller
 from msif_lib.support.state import OwnState
@@ -76,7 +77,8 @@ class SolveReport:
     iterations
         Iterations, of the slowest right-hand side.
     products
-        Products with A, in columns: one product with ``(p, k)`` counts k.
+        Products with A, in columns: one product with ``(p, k)`` counts k. Those for an estimate of
+        the lowest eigenvalue are among them.
     residuals
         ‖b − (A + λI) x‖ / ‖b‖ for each right-hand side, measured by a product at the end.
     history
@@ -89,6 +91,8 @@ class SolveReport:
         A sentence for a person: what happened, and what to try where it failed.
     preconditioner
         The preconditioner used, in words.
+    lowest_eigenvalue
+        That of A, as :func:`automatic_damping` estimates it. None: it was not looked for.
     """
 
     solver: str
@@ -102,6 +106,7 @@ class SolveReport:
     negative_curvature: bool = False
     message: str = "solved to the tolerance"
     preconditioner: str = "none"
+    lowest_eigenvalue: float | None = None
 
     def __post_init__(self) -> None:
         if any(map(math.isnan, (self.damping, *self.residuals, *self.history))):
@@ -124,6 +129,77 @@ class Solution:
     report: SolveReport
 
 
+class AutomaticDamping(NamedTuple):
+    """What :func:`automatic_damping` found.
+
+    Attributes
+    ----------
+    damping
+        λ.
+    lowest_eigenvalue
+        The estimate on which it rests.
+    products
+        Products with A that it took.
+    """
+
+    damping: float
+    lowest_eigenvalue: float
+    products: int
+
+
+def automatic_damping(
+    operator: Operator, like: Tensor | None = None, progress: bool = False
+) -> AutomaticDamping:
+    """The λ that ``damping="auto"`` takes: twice what the lowest eigenvalue is below zero.
+
+        λ = 2 |λ_min|  where λ_min < 0,   else 0
+
+    A shift of less than |λ_min| leaves eigenvalues below zero, and one that comes near it makes
+    their inverses as large as can be, so that a little damping is worse than none; with this one
+    the lowest eigenvalue of A + λI is |λ_min|, and the least that stood at zero is weighed by half
+    of that. λ_min is estimated by Lanczos from a random start, always the same, in at most 40
+    products (:func:`msif_lib.spectrum.lowest_eigenvalue`). A negative estimate, which is one from
+    above, is lowered by its error. One that is zero to rounding counts as zero.
+
+    Parameters
+    ----------
+    operator
+        A, symmetric, of shape ``(p, p)``.
+    like
+        A tensor of the dtype, on the device, that its products take; None: those of the operator.
+    progress
+        Show a bar for what takes more than a second.
+
+    Returns
+    -------
+    AutomaticDamping
+        λ, the estimate of λ_min, and how many products it took.
+
+    Raises
+    ------
+    FloatingPointError
+        A product with A is not finite.
+    """
+    known: Any = operator if like is None else like
+    dtype, device = known.dtype, known.device
+    # Drawn on the CPU: on each device, and in each of several processes, the same.
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64, device="cpu")
+    with tqdm(
+        desc="lowest eigenvalue", disable=not progress, delay=1, leave=False, unit=" products"
+    ) as bar:
+
+        def product(v: Tensor) -> Tensor:
+            bar.update()
+            return _checked(operator @ v.to(dtype)).to(v)
+
+        found = lowest_eigenvalue(product, start.to(device, _working(dtype)))
+    if found.value >= -found.size * torch.finfo(dtype).eps ** 0.75:
+        return AutomaticDamping(0.0, found.value, found.products)
+    lowest = found.value - found.error
+    return AutomaticDamping(-2 * lowest, lowest, found.products)
+
+
 @dataclass(frozen=True)
 class Solver(OwnState, ABC):
     """A method for (A + λI) x = b; calling it is the same as :meth:`solve`.
@@ -131,16 +207,54 @@ class Solver(OwnState, ABC):
     Attributes
     ----------
     damping
-        λ ≥ 0, added to the diagonal.
+        λ ≥ 0, added to the diagonal; ``"auto"``: what :func:`automatic_damping` says of each A.
     """
 
-    damping: float = field(default=0.0, kw_only=True)
+    damping: float | Literal["auto"] = field(default=0.0, kw_only=True)
 
     # Whether a residual above the tolerance is news.
     _warns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        not_negative("damping", self.damping)
+        if isinstance(self.damping, str) and self.damping == "auto":
+            return
+        try:
+            not_negative("damping", self.damping)
+        except TypeError as error:
+            raise TypeError(f'{error}; or "auto"') from None
+
+    @property
+    def shift(self) -> float:
+        """λ, where it is a number.
+
+        Raises
+        ------
+        ValueError
+            It is ``"auto"``, which :meth:`decided` makes a number.
+        """
+        if isinstance(self.damping, str):
+            raise ValueError('damping is "auto": it is decided for each operator')
+        return self.damping
+
+    def decided(
+        self, operator: Operator, like: Tensor | None = None, progress: bool = False
+    ) -> tuple[Self, AutomaticDamping | None]:
+        """The same solver with a number for its damping, and what that rests on.
+
+        Parameters
+        ----------
+        operator, like, progress
+            As of :func:`automatic_damping`.
+
+        Returns
+        -------
+        tuple
+            The solver itself and None, where its damping is a number.
+        """
+        if self.damping != "auto":
+            return self, None
+        found = automatic_damping(operator, like, progress)
+        return replace(self, damping=found.damping), found
 
     def __call__(self, operator: Operator, b: Tensor, *, progress: bool = False) -> Solution:
         """The same as :meth:`solve`."""
@@ -190,6 +304,23 @@ class Solver(OwnState, ABC):
         if not b.isfinite().all():
             raise ValueError("the right-hand side is not finite")
         columns = b[:, None] if b.dim() == 1 else b
+        solver, automatic = self.decided(operator, b, progress)
+        x, report = solver._found(operator, columns, progress)
+        if automatic is not None:
+            report = _with_estimate(report, automatic)
+        elif report.negative_curvature and report.damping and self._shifted:
+            found = automatic_damping(operator, b, progress)
+            report = _with_estimate(report, found)
+            if report.damping < -found.lowest_eigenvalue:
+                report = replace(report, message=f"{report.message}. {_too_little(report, found)}")
+        if self._warns and report.message != SolveReport.message:
+            warn_caller(f"{report.solver}: {report.message}", SolverWarning)
+        return Solution(x[:, 0] if b.dim() == 1 else x, report)
+
+    def _found(
+        self, operator: Operator, columns: Tensor, progress: bool
+    ) -> tuple[Tensor, SolveReport]:
+        """The solution and the report, where something was found."""
         try:
             x, report = self._solve(operator, columns, progress)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -203,13 +334,16 @@ class Solver(OwnState, ABC):
                 f"{x.shape[1]} columns (the first: {lost[0]}), so nothing is computed from it",
                 report,
             )
-        if self._warns and report.message != SolveReport.message:
-            warn_caller(f"{report.solver}: {report.message}", SolverWarning)
-        return Solution(x[:, 0] if b.dim() == 1 else x, report)
+        return x, report
 
     @abstractmethod
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
-        """The solution ``(p, k)`` for `b` ``(p, k)``, and the report."""
+        """The solution ``(p, k)`` for `b` ``(p, k)``, and the report; λ is :attr:`shift`."""
+
+    @property
+    def _shifted(self) -> bool:
+        """Whether the matrix is A + λI."""
+        return True
 
     def _failed(self, why: str, report: SolveReport | None = None) -> FailedSolve:
         said = "" if report is None or report.message == SolveReport.message else report.message
@@ -222,7 +356,26 @@ class Solver(OwnState, ABC):
 
     @property
     def _system(self) -> str:
+        if isinstance(self.damping, str):
+            return "(A + λI) x = b"
         return f"(A + {self.damping:g} I) x = b" if self.damping else "A x = b"
+
+
+def _with_estimate(report: SolveReport, found: AutomaticDamping) -> SolveReport:
+    """The report of a solve for which the lowest eigenvalue was estimated."""
+    return replace(
+        report,
+        lowest_eigenvalue=found.lowest_eigenvalue,
+        products=report.products + found.products,
+    )
+
+
+def _too_little(report: SolveReport, found: AutomaticDamping) -> str:
+    return (
+        f"The damping {report.damping:.2g} is less than the lowest eigenvalue is below zero, about "
+        f"{found.lowest_eigenvalue:.2g}: directions keep the wrong sign, and those that it brings "
+        f'near zero outweigh all others; damping="auto" takes {found.damping:.2g}'
+    )
 
 
 def _checked(product: Tensor) -> Tensor:
@@ -514,7 +667,7 @@ class _Krylov(Solver):
         report = SolveReport(
             solver=type(self).__name__,
             system=self._system,
-            damping=self.damping,
+            damping=self.shift,
             iterations=int(run.iterations.max()),
             products=run.products,
             residuals=tuple((run.norms / run.lengths).tolist()),
@@ -566,7 +719,7 @@ class ConjugateGradient(_Krylov):
     Attributes
     ----------
     tol, max_iterations, damping
-        Relative residual, iterations allowed, λ.
+        Relative residual, iterations allowed, λ (not ``"auto"`` with `squared`).
     squared
         Solve (A² + λI) x = A b. That is positive definite for every nonsingular A, at the price
         of two products an iteration and of the condition number squared. It is not damped
@@ -578,14 +731,18 @@ class ConjugateGradient(_Krylov):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        flag("squared", self.squared)
+        if flag("squared", self.squared) and self.damping == "auto":
+            raise ValueError(
+                'damping="auto" is for A + λI, and squared=True solves (A² + λI) x = A b, which no '
+                "negative eigenvalue makes indefinite; give it a number"
+            )
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
         if self.squared:
             return self._solve_squared(operator, b, progress)
         return self._run(
             _conjugate_gradient,
-            lambda x: operator @ x + self.damping * x,
+            lambda x: operator @ x + self.shift * x,
             b,
             progress,
             definite=True,
@@ -600,7 +757,7 @@ class ConjugateGradient(_Krylov):
         unit = self._unit(right, b / scales)
 
         def matrix(x: Tensor) -> Tensor:
-            return operator @ ((operator @ x) / unit) / unit + self.damping / unit / unit * x
+            return operator @ ((operator @ x) / unit) / unit + self.shift / unit / unit * x
 
         x, report = self._run(_conjugate_gradient, matrix, right / unit, progress, definite=True)
         # The second division is of numbers that its dtype may not hold.
@@ -614,14 +771,18 @@ class ConjugateGradient(_Krylov):
         """
         working = _working(product.dtype)
         sizes = product.to(working).abs().amax(0) / _norms(b.to(working))
-        size = sizes.amax().clamp_min(math.sqrt(self.damping))
+        size = sizes.amax().clamp_min(math.sqrt(self.shift))
         return float(far_scales(size.reshape(1, 1), 8))
+
+    @property
+    def _shifted(self) -> bool:
+        return not self.squared
 
     @property
     def _system(self) -> str:
         if not self.squared:
             return super()._system
-        return f"(A² + {self.damping:g} I) x = A b" if self.damping else "A² x = A b"
+        return f"(A² + {self.shift:g} I) x = A b" if self.shift else "A² x = A b"
 
 
 @dataclass(frozen=True)
@@ -655,10 +816,10 @@ class MinRes(_Krylov):
         preconditioner = None
         rough = self._tolerance(b.dtype) > _ROUGH
         if self.precondition and not rough and hasattr(operator, "preconditioner"):
-            preconditioner = operator.preconditioner(self.damping)
+            preconditioner = operator.preconditioner(self.shift)
         return self._run(
             partial(minimal_residual, preconditioner=None, memory=self.memory),
-            lambda x: operator @ x + self.damping * x,
+            lambda x: operator @ x + self.shift * x,
             b,
             progress,
             preconditioner=preconditioner,
@@ -675,7 +836,7 @@ class Dense(Solver):
     Attributes
     ----------
     damping
-        λ.
+        λ, a number or ``"auto"``.
     """
 
     def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
@@ -685,9 +846,7 @@ class Dense(Solver):
         right = b.to(working)
         matrix = operator if isinstance(operator, Tensor) else operator.dense()  # type: ignore[attr-defined]
         matrix = _checked((matrix + matrix.T) / 2).to(working)
-        shifted = matrix + self.damping * torch.eye(
-            len(matrix), dtype=working, device=matrix.device
-        )
+        shifted = matrix + self.shift * torch.eye(len(matrix), dtype=working, device=matrix.device)
         # In units in which no square of an entry is lost.
         unit, units = far_scales(shifted.reshape(-1, 1)), far_scales(right)
         shifted, right = shifted / unit, right / units
@@ -717,7 +876,7 @@ class Dense(Solver):
         report = SolveReport(
             solver="Dense",
             system=self._system,
-            damping=self.damping,
+            damping=self.shift,
             iterations=0,
             products=0 if known else len(matrix),
             residuals=tuple(residuals.tolist()),
@@ -745,11 +904,11 @@ class Identity(Solver):
                 f"squares of the right-hand side, as which it is scored, are none in {b.dtype}; "
                 "give the loss and its regularizer in larger units"
             )
-        residuals = _relative(b - _checked(operator @ b + self.damping * b), b)
+        residuals = _relative(b - _checked(operator @ b + self.shift * b), b)
         report = SolveReport(
             solver="Identity",
             system=self._system,
-            damping=self.damping,
+            damping=self.shift,
             iterations=0,
             products=b.shape[1],
             residuals=tuple(residuals.tolist()),

@@ -24,7 +24,7 @@ LAYERS = [
     ["support"],
     ["stage"],
     ["optimisers"],
-    ["preconditioner", "minres", "steps"],
+    ["preconditioner", "minres", "spectrum", "steps"],
     ["curvature", "ekfac", "solvers", "lanczos", "training", "descent"],
     ["links", "scores"],
     ["handover", "kept"],
