@@ -528,8 +528,8 @@ def with_weights(
 
     The scores of the chain that results are derivatives *there*. So ``with_weights(chain,
     1 - share)`` is the chain at the centre of the subsets that leave out this share of the
-    examples, and with a 0/1 mask it is a subset run; the mean of the scores of k subset runs is
-    another centre.
+    examples, and with a 0/1 mask it is a subset run. The mean of the scores of k subset runs is
+    another centre: β_i below but for derivatives in w_i alone, and for the chance of k draws.
 
     Let each of the N examples be left out independently with probability α, so that w_i is 0 or 1
     with mean w̄ = 1 − α, and let g and Q be gradient and Hessian of q in w. The coefficient of w_i
@@ -567,9 +567,10 @@ def with_weights(
     -------
     Chain
         Links of the same kinds and settings in the chain's dtype, from `stage` on upon stages of
-        their own. Scores are N dq/dw_i there, for examples of weight 0 as well; from weights of 1
-        on, ``-values[S].sum() / N`` predicts what leaving S out does, and ``removal_effect`` what
-        taking away the weights that the stage has now does.
+        their own. Scores are N dq/dw_i there, for examples of weight 0 as well. From weights of 1
+        on, ``-values[S].sum() / N`` predicts what leaving S out does, up to a constant that sets of
+        one size have in common; ``removal_effect`` is that of taking away the weights that the
+        stage has now.
 
     Raises
     ------

@@ -152,14 +152,14 @@ def automatic_damping(
 ) -> AutomaticDamping:
     """The λ that ``damping="auto"`` takes: twice what the lowest eigenvalue is below zero.
 
-        λ = 2 |λ_min|  where λ_min < 0,   else 0
+        λ = −2 λ_min  where λ_min < 0,   else 0
 
-    A shift of less than |λ_min| leaves eigenvalues below zero, and one that comes near it makes
-    their inverses as large as can be, so that a little damping is worse than none; with this one
-    the lowest eigenvalue of A + λI is |λ_min|, and the least that stood at zero is weighed by half
-    of that. λ_min is estimated by Lanczos from a random start, always the same, in at most 40
-    products (:func:`msif_lib.spectrum.lowest_eigenvalue`). A negative estimate, which is one from
-    above, is lowered by its error. One that is zero to rounding counts as zero.
+    A smaller shift than −λ_min leaves eigenvalues below zero, and brings others so near it that
+    their inverses outweigh the rest: too little damping is worse than none. With this one A + λI
+    has its lowest eigenvalue at −λ_min, and no direction is weighed by more than 1/−λ_min. λ_min is
+    estimated by Lanczos from a random start, always the same, in at most 40 products
+    (:func:`msif_lib.spectrum.lowest_eigenvalue`). A negative estimate, which is one from above, is
+    lowered by its error. One that is zero to rounding counts as zero.
 
     Parameters
     ----------

@@ -2,8 +2,9 @@
 
 After m steps A V = V T + β v eᵀ, with V orthonormal, T tridiagonal and v the next direction. The
 eigenvalues θ of T (Ritz values) lie within the spectrum of A, so that the lowest is an estimate of
-A's from above, and for each the residual ‖A y − θ y‖ = β |s_m| of its vector y = V s says how near
-some eigenvalue of A is (Parlett, The Symmetric Eigenvalue Problem, 1980, ch. 13).
+A's from above. For each the residual ‖A V s − θ V s‖, which is β times the last entry of its
+eigenvector s in size, says how near some eigenvalue of A is (Parlett, The Symmetric Eigenvalue
+Problem, 1980, ch. 13).
 """
 
 from __future__ import annotations
