@@ -252,6 +252,7 @@ WRONG = [
     ("single_stage", {"test_rank": 157}, "but 0 <= test_rank < 357 - digits_size must hold"),
     ("evaluation", {"top": 200}, "top = 200, train_size = 200, but 3 < top < train_size"),
     ("frontier", {"looked_at": [10, 5000]}, "but 1 <= looked_at[0] <= looked_at[-1] <= longest"),
+    ("centre", {"sources": 20}, "sources = 20, but 2 <= sources <= 12 must hold"),
     ("own_model", {"width": 3}, "width = 3, but width >= 2 and width % 2 == 0 must hold"),
     ("own_model", {"test_size": 150}, "but finetune_size + test_size <= 181 must hold"),
     # What does not fit the data, in the words of those who draw it.
