@@ -345,15 +345,13 @@ def test_of_one_functional_and_seed_the_interval_is_the_jackknifes():
     assert close_to(linear_datamodeling_score(x, y), Estimate(value, value - half, value + half))
 
 
-def test_seeds_and_functionals_each_add_their_variance():
-    """Without interaction: the two variances of a mean, added, and Satterthwaite's freedom."""
-    rng = np.random.default_rng(12)
-    of_seed, of_functional = rng.normal(1, 0.3, size=(4, 1)), rng.normal(0, 0.2, size=(1, 7))
-    parts = of_seed.var(ddof=1) / 4, of_functional.var(ddof=1) / 7
-    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2 / 6)
-    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(sum(parts))
-    slopes = of_seed + of_functional
-    value = slopes.mean()
+def test_the_intervals_over_seeds_and_functionals_are_added_in_quadrature():
+    slopes = np.random.default_rng(12).normal(1, 0.3, size=(4, 7))
+    halves = [
+        (interval := scipy.stats.ttest_1samp(means, 0).confidence_interval()).high - interval.low
+        for means in (slopes.mean(0), slopes.mean(1))
+    ]
+    half, value = np.hypot(*halves) / 2, slopes.mean()
     found = fidelity(*lines(slopes)).slope
     assert close_to(found, Estimate(value, value - half, value + half))
 
@@ -371,7 +369,7 @@ def test_the_mean_of_a_crossed_table_is_covered(seeds, sizes):
         )
         found = fidelity(*lines(np.asarray(slopes))).slope
         covered += found.low <= 0 <= found.high
-    assert covered / 500 >= 0.92
+    assert covered / 500 >= 0.93
 
 
 @dataclass(frozen=True)
@@ -417,11 +415,29 @@ class World:
         """Spearman's ρ of a normal pair is 6/π arcsin(r/2) (Pearson 1907)."""
         return self.mean(lambda r: 6 / np.pi * np.arcsin(r / 2))
 
+    @property
+    def truths(self) -> dict[str, float]:
+        """All measures; both effects have variance 1."""
+        return {
+            "lds": self.score,
+            "pearson": self.mean(lambda r: r),
+            "slope": self.mean(lambda r: r),
+            "error": self.mean(lambda r: np.sqrt(2 - 2 * r)),
+        }
 
-def coverage(world: World, interval, truth: float, repeats: int) -> float:
+
+def rank_correlations(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """Spearman's ρ over the subsets of ``(..., S, T)``."""
+    x, y = (scipy.stats.rankdata(values, axis=-2) for values in (predicted, actual))
+    x, y = (values - values.mean(-2, keepdims=True) for values in (x, y))
+    return (x * y).sum(-2) / np.sqrt((x * x).sum(-2) * (y * y).sum(-2))
+
+
+def coverage(world: World, interval, repeats: int) -> float:
+    """Share of drawn problems in which an interval of the score holds the true one."""
     rng = np.random.default_rng(14)
     found = [interval(*world.draw(rng)) for _ in range(repeats)]
-    return float(np.mean([e.low <= truth <= e.high for e in found]))
+    return float(np.mean([e.low <= world.score <= e.high for e in found]))
 
 
 WORLDS = {
@@ -429,6 +445,7 @@ WORLDS = {
     "one seed, high": World(1, 60, 10, 2.0),
     "one seed, one functional": World(1, 40, 1, 1.0, of_functional=0.0, common=0.0),
     "one seed, none": World(1, 30, 10, 0.0, of_functional=0.0),
+    "two seeds": World(2, 30, 10, 1.0, of_seed=0.2),
     "three seeds": World(3, 40, 10, 1.0, of_seed=0.3),
     "three seeds alike": World(3, 40, 10, 1.0),
     "five seeds, high": World(5, 40, 10, 1.8, of_seed=0.2),
@@ -436,26 +453,16 @@ WORLDS = {
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS.keys())
-def test_the_scores_interval_covers_about_as_often_as_it_says(world):
-    assert 0.91 <= coverage(world, linear_datamodeling_score, world.score, 400) <= 0.99
-
-
-@pytest.mark.parametrize("name", ["one seed", "three seeds"])
-@pytest.mark.parametrize(
-    ("measure", "of_correlation"),
-    [
-        ("pearson", lambda r: r),
-        ("slope", lambda r: r),
-        ("error", lambda r: np.sqrt(2 - 2 * r)),  # both effects have variance 1
-    ],
-)
-def test_so_do_those_of_the_other_measures(name, measure, of_correlation):
-    world = WORLDS[name]
-
-    def interval(predicted, actual):
-        return getattr(fidelity(predicted, actual), measure)
-
-    assert 0.91 <= coverage(world, interval, world.mean(of_correlation), 300) <= 0.99
+def test_intervals_cover_about_as_often_as_they_say(world):
+    rng, repeats = np.random.default_rng(14), 200
+    covered = dict.fromkeys(world.truths, 0)
+    for _ in range(repeats):
+        found = fidelity(*world.draw(rng))
+        for name, truth in world.truths.items():
+            measure = getattr(found, name)
+            covered[name] += measure.low <= truth <= measure.high
+    for count in covered.values():
+        assert 0.89 <= count / repeats <= 0.995
 
 
 def test_functionals_alone_make_too_narrow_an_interval():
@@ -463,21 +470,18 @@ def test_functionals_alone_make_too_narrow_an_interval():
     world = World(1, 30, 20, 0.8, of_functional=0.1)
 
     def of_functionals(predicted, actual):
-        return mean_estimate(each(rank_correlation, predicted, actual)[0])
+        return mean_estimate(rank_correlations(predicted, actual)[0])
 
-    assert coverage(world, of_functionals, world.score, 200) < 0.8
-    assert coverage(world, linear_datamodeling_score, world.score, 200) >= 0.91
+    assert coverage(world, of_functionals, 200) < 0.8
+    assert coverage(world, linear_datamodeling_score, 100) >= 0.9
 
 
-@pytest.mark.parametrize("name", ["one seed, high", "three seeds", "five seeds, high"])
-def test_so_do_percentiles_of_a_bootstrap_of_seeds_subsets_and_functionals(name):
+@pytest.mark.parametrize(
+    "world", [World(1, 60, 20, 2.0), WORLDS["three seeds"], WORLDS["five seeds, high"]]
+)
+def test_so_do_percentiles_of_a_bootstrap_of_seeds_subsets_and_functionals(world):
     """K seeds drawn from K have too little variance, and ties pull high scores down."""
-    world, resamples = WORLDS[name], 100
-    rng = np.random.default_rng(15)
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        found = scipy.stats.rankdata(values, axis=2)
-        return found - found.mean(2, keepdims=True)
+    rng, resamples = np.random.default_rng(15), 100
 
     def nested(predicted, actual):
         seeds, subsets, functionals = predicted.shape
@@ -486,12 +490,11 @@ def test_so_do_percentiles_of_a_bootstrap_of_seeds_subsets_and_functionals(name)
             rng.integers(subsets, size=(resamples, seeds, subsets, 1)),
             rng.integers(functionals, size=(resamples, 1, 1, functionals)),
         )
-        x, y = ranks(predicted[drawn]), ranks(actual[drawn])
-        scores = (x * y).sum(2) / np.sqrt((x * x).sum(2) * (y * y).sum(2))
-        low, high = np.quantile(scores.mean((1, 2)), [0.025, 0.975])
+        scores = rank_correlations(predicted[drawn], actual[drawn])
+        low, high = np.quantile(scores.mean((-2, -1)), [0.025, 0.975])
         return Estimate(0.0, float(low), float(high))
 
-    assert coverage(world, nested, world.score, 100) < 0.9
+    assert coverage(world, nested, 100) < 0.9
 
 
 # --- reliability ----------------------------------------------------------------------------------
@@ -559,13 +562,16 @@ def test_trainings_that_agree_and_that_have_nothing_in_common():
 
 
 def test_the_interval_of_the_halves_covers_about_as_often_as_it_says():
-    """Halves of two: variance 1 for the effect, noise²/2 for each."""
-    truth = 6 / np.pi * np.arcsin(1 / (1 + 0.8**2 / 2) / 2)
-    covered = 0
-    for seed in range(300):
-        found = reliability(trainings(4, (30, 4), 0.8, seed)).halves
+    """Halves of two: variance 1 for the effect, noise²/2 for each; functionals half in common."""
+    noise, repeats = 0.8, 200
+    truth = 6 / np.pi * np.arcsin(1 / (1 + noise**2 / 2) / 2)
+    rng, covered = np.random.default_rng(22), 0
+    for _ in range(repeats):
+        parts = [rng.normal(size=(5, 30, count)) / np.sqrt(2) for count in (1, 4)]
+        expected, *noises = sum(parts)
+        found = reliability(expected + noise * np.array(noises)).halves
         covered += found.low <= truth <= found.high
-    assert 0.91 <= covered / 300 <= 0.99
+    assert 0.9 <= covered / repeats <= 0.995
 
 
 def test_models_have_trainings_of_their_own():
