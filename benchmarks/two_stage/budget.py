@@ -1,0 +1,169 @@
+"""The error budget: the exact derivative with one factor exchanged at a time.
+
+Each row leaves all else exact, so that what it loses against ``unrolled → unrolled`` is what this
+factor costs. Those of the paths take another link for a whole training, the others change what each
+step back takes (:mod:`benchmarks.two_stage.walks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.two_stage.exact import optimum, stopped
+from benchmarks.two_stage.methods import register
+from benchmarks.two_stage.settings import Problem
+from benchmarks.two_stage.walks import (
+    Change,
+    damped,
+    ekfac_of,
+    gauss_newton,
+    gradients_at,
+    hessian_at,
+    scores,
+    walk,
+    without_cross,
+    without_hessian,
+)
+from msif_lib import Chain
+from msif_lib.curvature import Hessian
+from msif_lib.descent import Path
+from msif_lib.links import Frozen, Link, Proximal, Unrolled
+from msif_lib.optimisers import State
+from msif_lib.solvers import MinRes
+from msif_lib.support.data import map_leaves
+
+#: What is made of a link: the change of its walk.
+Factor = Callable[[Unrolled], Change]
+
+#: Factors that are exchanged in each step back of a training, by what a row says of them.
+FACTORS: dict[str, Factor] = {
+    "Gauss–Newton in each step": lambda link: gauss_newton,
+    "Hessians left out": lambda link: without_hessian,
+    "Hessians without embedding × head": lambda link: without_cross,
+    "Hessians at the end of the path": lambda link: hessian_at(_end(link)),
+    "examples' gradients at the end": lambda link: gradients_at(_end(link)),
+    "EK-FAC at the end of the path": lambda link: ekfac_of(link.stage),
+}
+#: Added to each Hessian, in shares of the largest eigenvalue at the end of the path.
+DAMPINGS = (1e-3, 1e-2, 1e-1)
+
+
+def _end(link: Unrolled) -> Tensor:
+    return link.stage.parameters.take(link.path.end, link.stage.trained)
+
+
+def exchanged(of: Problem, factor: Factor, number: int) -> Tensor:
+    """The walk with a factor exchanged in pretraining (0) or in finetuning (1)."""
+    changes: list[Change | None] = [None, None]
+    changes[number] = factor(of.chain.links[number])
+    return walk(of, *changes)
+
+
+for _number, _name in enumerate(("pretraining", "finetuning")):
+    for _says, _factor in FACTORS.items():
+        # The gradients of finetuning's examples are in none of these scores.
+        if not (_number and _says.startswith("examples")):
+            register(f"{_name}: {_says}", only="descent", group="budget")(
+                partial(exchanged, factor=_factor, number=_number)
+            )
+
+
+@register("both trainings: Hessians left out", only="descent", group="budget")
+def hessians_left_out(of: Problem) -> Tensor:
+    """HYDRA, as a step of the budget."""
+    return walk(of, without_hessian, without_hessian)
+
+
+@register("both trainings: Gauss–Newton in each step", only="descent", group="budget")
+def gauss_newton_in_both(of: Problem) -> Tensor:
+    """Gauss-Newton in the place of each batch's Hessian."""
+    return walk(of, gauss_newton, gauss_newton)
+
+
+def largest_eigenvalue(link: Link, products: int = 30) -> float:
+    """Of the Hessian where the link's training ended, by power iterations."""
+    operator = Hessian(link.stage, link.stage.trained)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(operator.shape[0], generator=generator, dtype=torch.float64).to(operator.dtype)
+    for _ in range(products):
+        v = operator @ (v / v.norm())
+    return float(v.norm())
+
+
+def with_damping(of: Problem, share: float) -> Tensor:
+    """λI added to every Hessian of both trainings, λ a share of the largest eigenvalue."""
+    first, second = (damped(share * largest_eigenvalue(link)) for link in of.chain.links)
+    return walk(of, first, second)
+
+
+for _share in DAMPINGS:
+    register(f"both trainings: damping of {_share:g} σ₁", only="descent", group="budget")(
+        partial(with_damping, share=_share)
+    )
+
+
+# --- whole trainings -----------------------------------------------------------------------------
+
+
+@register("pretraining: gradient flow at its end", only="descent", group="budget")
+def pretraining_stopped(of: Problem) -> Tensor:
+    """``stopped → unrolled``, as a step of the budget."""
+    return scores(of, stopped(of, 0))
+
+
+@register("pretraining: at an optimum", only="descent", group="budget")
+def pretraining_optimum(of: Problem) -> Tensor:
+    """``optimum → unrolled``, as a step of the budget."""
+    return optimum(of)
+
+
+@register("finetuning: gradient flow at its end", only="descent", group="budget")
+def finetuning_stopped(of: Problem) -> Tensor:
+    """The finetuning path not kept."""
+    return scores(of, None, stopped(of, 1))
+
+
+@register("finetuning: at an optimum, embedding fixed", only="descent", group="budget")
+def finetuning_frozen(of: Problem) -> Tensor:
+    """Case 1 of the paper in the place of the finetuning path."""
+    return scores(of, None, Frozen(of.finetune, _solver()))
+
+
+@register("finetuning: at an optimum, proximal", only="descent", group="budget")
+def finetuning_proximal(of: Problem) -> Tensor:
+    """Case 2 of the paper with α = 1/(2τ), which pulls as a flow of length τ does.
+
+    Where finetuning keeps the embedding this is case 1.
+    """
+    if of.setting.frozen:
+        return finetuning_frozen(of)
+    alpha = 1 / (2 * of.chain.links[1].path.time)
+    return scores(of, None, Proximal(of.finetune, alpha, _solver()))
+
+
+def _solver() -> MinRes:
+    return MinRes(tol=1e-3, damping="auto", max_iterations=500)
+
+
+@register("single precision", only="descent", group="budget")
+def in_single_precision(of: Problem) -> Tensor:
+    """Steps and walks in float32, along the same states."""
+    links = [Unrolled(link.stage.to(torch.float32), _single(link.path)) for link in of.chain.links]
+    test = map_leaves(
+        lambda leaf: leaf.float() if leaf.is_floating_point() else leaf, of.data.functionals
+    )
+    chain = Chain(links, progress=False)
+    return chain.scores(test, per_test=True)[0].values.double() / of.size
+
+
+def _single(path: Path) -> Path:
+    states = {
+        step: State(state.x.float(), tuple(part.float() for part in state.buffers), step)
+        for step, state in path.states.items()
+    }
+    return replace(path, start=path.start.float(), end=path.end.float(), states=states)

@@ -1,0 +1,134 @@
+"""Rows of the exact derivative, of its centres, and of what needs less of the paths.
+
+All are dq/dw_i in units of the loss. Where a row has a setting to choose, list, rule and outcome
+stand in its docstring: the rule is that of ``README.md``, the datamodeling score at a share of 0.05
+on the seeds of choices, unless another is said.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.two_stage.methods import register
+from benchmarks.two_stage.settings import Problem
+from benchmarks.two_stage.walks import InSegments, passing, scores, walk, without_hessian
+from msif_lib.links import Optimum, Stopped
+from msif_lib.retraining import with_weights
+from msif_lib.solvers import MinRes
+
+# Relative change at which Lanczos stops. The scores then differ by about 1e-3 from converged ones.
+_TOL = 1e-2
+_DAMPING = 0.01
+_SEGMENTS = 3
+_MEAN = True
+_RUNS = 4
+
+
+def _of_chain(of: Problem, weights: float | Tensor | None = None) -> Tensor:
+    """dq/dw_i ``(m, T)`` at other weights of the pretraining examples, if given."""
+    chain = of.chain
+    if weights is not None:
+        chain = with_weights(chain, weights, progress=False)
+    return chain.scores(of.data.functionals, per_test=True)[0].values / of.size
+
+
+@register("unrolled → unrolled", only="descent")
+def unrolled(of: Problem) -> Tensor:
+    """The exact derivative, back through every step of both trainings."""
+    return _of_chain(of)
+
+
+@register("optimum → proximal", only="optimum")
+def optimum_proximal(of: Problem) -> Tensor:
+    """The exact derivative where both trainings end at an optimum: the paper's case 2."""
+    return _of_chain(of)
+
+
+@register("the same, at the centre", by_share=True)
+def at_the_centre(of: Problem, share: float) -> Tensor:
+    """The exact derivative of the model trained with all pretraining weights 1 − share.
+
+    There the subsets left out lie on average. It costs both trainings once more.
+    """
+    return _of_chain(of, 1 - share)
+
+
+def mean_of_runs(of: Problem, share: float, runs: int) -> Tensor:
+    """The mean of exact derivatives of trainings that leave out random subsets of their own."""
+    generator = torch.Generator().manual_seed(1000 + of.seed)
+    total = torch.zeros(())
+    for _ in range(runs):
+        weights = torch.ones(of.size, dtype=torch.float64)
+        weights[torch.randperm(of.size, generator=generator)[: round(share * of.size)]] = 0
+        total = total + _of_chain(of, weights)
+    return total / runs
+
+
+@register("mean over subset runs", by_share=True, shares=(0.2, 0.5))
+def over_runs(of: Problem, share: float) -> Tensor:
+    """A centre for optimisers that hardly see a common factor of all weights, as Adam's.
+
+    For large shares: at small ones the runs hardly differ.
+    """
+    return mean_of_runs(of, share, _RUNS)
+
+
+@register("stopped → unrolled", only="descent")
+def stopped_unrolled(of: Problem) -> Tensor:
+    """The pretraining path not kept: gradient flow at its end, for as long as it took."""
+    return scores(of, stopped(of, 0))
+
+
+@register("stopped → stopped", only="descent")
+def stoppedstopped(of: Problem) -> Tensor:
+    """No path kept: SOURCE with one segment, by exact Hessians (Bae et al. 2024)."""
+    return scores(of, stopped(of, 0), stopped(of, 1))
+
+
+def stopped(of: Problem, number: int) -> Stopped:
+    """The flow in the place of a training's path."""
+    link = of.chain.links[number]
+    found = Stopped.of(link.stage, link.path)
+    return Stopped(found.stage, found.time, "hessian", found.scale, found.decay, tol=_TOL)
+
+
+def in_segments(of: Problem, count: int, mean: bool, both: bool) -> Tensor:
+    """One or both trainings in segments."""
+    links = [
+        InSegments(link.stage, link.path, count, mean, _TOL)
+        for link in (of.chain.links if both else of.chain.links[:1])
+    ]
+    return scores(of, *links)
+
+
+@register("in segments → in segments", only="descent")
+def segments_segments(of: Problem) -> Tensor:
+    """SOURCE (Bae et al. 2024), with exact Hessians where they have EK-FAC."""
+    return in_segments(of, _SEGMENTS, _MEAN, True)
+
+
+@register("in segments → unrolled", only="descent")
+def segments_unrolled(of: Problem) -> Tensor:
+    """SOURCE for pretraining, of which some states are kept; the exact adjoint of finetuning."""
+    return in_segments(of, _SEGMENTS, _MEAN, False)
+
+
+def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
+    """Pretraining taken for one that ended at its optimum."""
+    solver = MinRes(tol=1e-3, damping=damping, max_iterations=500)
+    return scores(of, Optimum(of.pretrain, solver))
+
+
+@register("optimum → unrolled", only="descent")
+def optimum_unrolled(of: Problem) -> Tensor:
+    """Pretraining taken for one that ended at its optimum, H + λI at its end."""
+    return optimum(of)
+
+
+@register("HYDRA", only="descent")
+def hydra(of: Problem) -> Tensor:
+    """The recursion through the steps without Hessians (Chen et al. 2021), in both trainings."""
+    return walk(of, without_hessian, passing)

@@ -1,0 +1,287 @@
+"""Rows of the two-stage benchmark that walk back through the trainings.
+
+The exact row and its centre are held against central differences through both trainings of
+torch.optim, at relative errors. Walks with a changed factor are held against the exact one where
+the change must change nothing, and against written-out recursions.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from chains import convex_net, examples, randomised
+from problems import F64, relative_error
+from torch import Tensor, nn
+
+from benchmarks.two_stage import budget, exact
+from benchmarks.two_stage.methods import METHODS
+from benchmarks.two_stage.settings import SETTINGS, Data, Problem
+from benchmarks.two_stage.walks import (
+    InSegments,
+    damped,
+    gauss_newton,
+    gradients_at,
+    hessian_at,
+    passing,
+    scores,
+    walk,
+    without_cross,
+    without_hessian,
+)
+from benchmarks.two_stage.walks import exact as plain
+from msif_lib import Chain, Stage, cross_entropy
+from msif_lib.curvature import Hessian
+from msif_lib.links import Stopped, Unrolled
+from msif_lib.training import SGD, AdamW, descend
+
+OPTIMISERS = {"sgd": SGD(0.1, momentum=0.8), "adamw": AdamW(0.02, weight_decay=0.1)}
+L2 = (0.03, 0.02)
+DATA = Data(examples(11, 3, 0), examples(8, 2, 1), examples(4, 2, 2), examples(4, 2, 3))
+
+
+def modules(linear: bool, frozen: bool = False) -> list[nn.Module]:
+    """Embedding and both heads; with `linear`, outputs linear in all parameters together."""
+    if linear:
+        nets = [randomised(convex_net(classes), classes) for classes in (3, 2)]
+        return [nets[0].embedding, nets[0].head, nets[1].head]
+    made = [
+        nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Tanh()),
+        nn.Linear(3, 3),
+        nn.Linear(3, 2),
+    ]
+    return [randomised(module.to(F64), seed) for seed, module in enumerate(made)]
+
+
+@functools.cache
+def problem(kind: str, linear: bool = False, frozen: bool = False, loss=cross_entropy) -> Problem:
+    embedding, *heads = modules(linear)
+    first = Stage(embedding, heads[0], loss, DATA.pretrain, L2[0], check=False)
+    path1 = descend(first, OPTIMISERS[kind], 3, 4, 0, progress=False)
+    tuned = copy.deepcopy(embedding).requires_grad_(not frozen)
+    second = Stage(tuned, heads[1], loss, DATA.finetune, L2[1], check=False)
+    path2 = descend(second, OPTIMISERS[kind], 3, 3, 1, progress=False)
+    chain = Chain([Unrolled(first, path1), Unrolled(second, path2)], progress=False)
+    setting = replace(SETTINGS["digits-sgd"], frozen=frozen)
+    return Problem(setting, 0, chain, DATA, (1.0, 1.0), 1.0)
+
+
+def retrained(of: Problem, kind: str, weights: Tensor) -> Tensor:
+    """Losses of the functionals after both trainings by torch.optim."""
+    embedding, *heads = modules(False)
+    for number, (head, data) in enumerate(zip(heads, (DATA.pretrain, DATA.finetune))):
+        if number:
+            embedding.requires_grad_(not of.setting.frozen)
+        moved = [*embedding.parameters(), *head.parameters()]
+        moved = [one for one in moved if one.requires_grad]
+        if kind == "sgd":
+            optimiser = torch.optim.SGD(moved, 0.1, momentum=0.8)
+        else:
+            optimiser = torch.optim.AdamW(moved, 0.02, weight_decay=0.1)
+        for batch in of.chain.links[number].path.batches:
+            losses = cross_entropy(head(embedding(data[0][batch])), data[1][batch])
+            w = weights[batch] if number == 0 else torch.ones_like(losses)
+            decay = sum(one.square().sum() for one in moved)
+            optimiser.zero_grad()
+            (w @ losses / len(batch) + L2[number] / 2 * decay).backward()
+            optimiser.step()
+    with torch.no_grad():
+        return cross_entropy(heads[1](embedding(DATA.functionals[0])), DATA.functionals[1])
+
+
+def differences(of: Problem, kind: str, at: float, step: float = 1e-4) -> Tensor:
+    """dq/dw_i ``(m, T)`` by central differences."""
+    found = []
+    for example in range(of.size):
+        ends = []
+        for sign in (1, -1):
+            weights = torch.full((of.size,), at, dtype=F64)
+            weights[example] += sign * step
+            ends.append(retrained(of, kind, weights))
+        found.append((ends[0] - ends[1]) / (2 * step))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_the_exact_row_is_the_derivative_through_both_trainings(kind, frozen):
+    of = problem(kind, frozen=frozen)
+    assert relative_error(exact.unrolled(of), differences(of, kind, 1.0)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_the_centre_is_the_derivative_there(kind):
+    of = problem(kind)
+    truth = differences(of, kind, 0.7)
+    assert relative_error(exact.at_the_centre(of, 0.3), truth) < 1e-6
+    assert relative_error(exact.unrolled(of), truth) > 1e-2
+
+
+def test_a_mean_over_subset_runs_is_one_over_such_trainings():
+    of = problem("sgd")
+    generator = torch.Generator().manual_seed(1000)
+    drawn = []
+    for _ in range(2):
+        weights = torch.ones(of.size, dtype=F64)
+        weights[torch.randperm(of.size, generator=generator)[:5]] = 0
+        drawn.append(weights)
+    step, found = 1e-4, torch.zeros(of.size, 4, dtype=F64)
+    for weights in drawn:
+        for example in range(of.size):
+            along = step * torch.eye(of.size, dtype=F64)[example]
+            ends = [retrained(of, "sgd", weights + sign * along) for sign in (1, -1)]
+            found[example] += (ends[0] - ends[1]) / (2 * step) / 2
+    assert relative_error(exact.mean_of_runs(of, 5 / 11, 2), found) < 1e-6
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_a_walk_without_a_change_is_the_library_s(kind, frozen):
+    of = problem(kind, frozen=frozen)
+    truth = exact.unrolled(of)
+    assert relative_error(walk(of, plain, plain), truth) < 1e-10
+    assert relative_error(walk(of, damped(0.0), damped(0.0)), truth) < 1e-10
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_gauss_newton_is_exact_where_outputs_are_linear(kind, frozen):
+    of = problem(kind, linear=True, frozen=frozen)
+    assert relative_error(walk(of, gauss_newton, gauss_newton), exact.unrolled(of)) < 1e-10
+    bent = problem(kind, frozen=frozen)
+    assert relative_error(walk(bent, gauss_newton, gauss_newton), exact.unrolled(bent)) > 1e-3
+
+
+def linear_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss without curvature in outputs that are linear in the parameters."""
+    return -outputs.gather(1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_hydra_is_exact_where_hessians_vanish(kind):
+    of = problem(kind, linear=True, loss=linear_loss)
+    assert relative_error(exact.hydra(of), exact.unrolled(of)) < 1e-10
+    curved = problem(kind)
+    assert relative_error(exact.hydra(curved), exact.unrolled(curved)) > 1e-2
+
+
+def test_hydra_is_its_own_recursion():
+    """Without a Hessian λ_v ← μ λ_v' and λ_x ← λ_x + l2 λ_g, through both trainings."""
+    of = problem("sgd")
+    rows = of.chain.test_gradients(of.data.functionals, True).T
+    found = torch.zeros(of.size, len(rows), dtype=F64)
+    for number in (1, 0):
+        stage, path = of.chain.links[number].stage, of.chain.links[number].path
+        velocity, states = torch.zeros_like(rows), states_of(stage, path)
+        for step in reversed(range(len(path))):
+            velocity = velocity - 0.1 * rows
+            if number == 0:
+                batch = path.batches[step]
+                gradients = torch.cat(list(stage.per_example_gradients(states[step])))[batch]
+                found[batch] += gradients @ velocity.T / len(batch)
+            rows, velocity = rows + stage.l2 * velocity, 0.8 * velocity
+        if number:
+            embedding = rows[:, : stage.embedding_size]
+            head = len(of.pretrain.vector()) - stage.embedding_size
+            rows = torch.cat([embedding, torch.zeros(len(rows), head, dtype=F64)], 1)
+    assert relative_error(exact.hydra(of), found) < 1e-10
+    assert relative_error(walk(of, without_hessian, passing), found) < 1e-10
+
+
+def states_of(stage: Stage, path) -> list[Tensor]:
+    steps, state = path.steps(stage), path.steps(stage).begin()
+    with steps.running():
+        return [state.x, *(later.x for later in steps.after(state, len(path)))]
+
+
+def test_one_segment_at_its_end_is_the_stopped_link():
+    of = problem("adamw")
+    first, second = of.chain.links
+    for link in (first, second):
+        cotangent = torch.randn(len(link.stage.vector()), 3, dtype=F64)
+        flow = replace(Stopped.of(link.stage, link.path), tol=1e-10)
+        truth = flow.pull_back(cotangent)
+        derivatives = -torch.cat(list(link.stage.directional_derivatives(truth.u)))
+        found = InSegments(link.stage, link.path, 1, False, 1e-10).pull_back(cotangent)
+        assert relative_error(found.scores, derivatives) < 1e-7
+        assert relative_error(found.handed, truth.handed) < 1e-7
+
+
+def test_segments_of_a_quadratic_are_one():
+    """Where the Hessian is the same everywhere, flows of parts make up the flow of the whole.
+
+    The gradients of the examples change along the way, so that it is what is handed back.
+    """
+    of = problem("sgd", linear=True, loss=squared)
+    stage, path = of.finetune, of.chain.links[1].path
+    cotangent = torch.randn(len(stage.vector()), 3, dtype=F64)
+    handed = [
+        InSegments(stage, path, count, mean, 1e-10).pull_back(cotangent).handed
+        for count, mean in ((1, False), (3, False), (3, True))
+    ]
+    assert relative_error(handed[1], handed[0]) < 1e-8
+    assert relative_error(handed[2], handed[0]) < 1e-8
+
+
+def squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - nn.functional.one_hot(targets, outputs.shape[1])).square().sum(1)
+
+
+def test_segments_keep_what_finetuning_holds():
+    of = problem("sgd", frozen=True)
+    link = of.chain.links[1]
+    cotangent = torch.randn(len(link.stage.vector()), 2, dtype=F64)
+    truth = replace(Stopped.of(link.stage, link.path), tol=1e-10).pull_back(cotangent)
+    found = InSegments(link.stage, link.path, 1, False, 1e-10).pull_back(cotangent)
+    assert relative_error(found.handed, truth.handed) < 1e-7
+    assert found.handed.abs().min() > 0
+
+
+def test_hessians_at_the_end_are_exact_where_they_are_the_same_everywhere():
+    of = problem("sgd", linear=True, loss=squared)
+    changes = [hessian_at(link.path.end) for link in of.chain.links]
+    assert relative_error(walk(of, *changes), exact.unrolled(of)) < 1e-10
+    of = problem("sgd", linear=True, loss=linear_loss)
+    changes = [gradients_at(link.path.end) for link in of.chain.links]
+    assert relative_error(walk(of, *changes), exact.unrolled(of)) < 1e-10
+    bent = problem("sgd")
+    for made in (hessian_at, gradients_at):
+        first = made(bent.chain.links[0].path.end)
+        assert relative_error(walk(bent, first), exact.unrolled(bent)) > 1e-3
+
+
+def test_a_hessian_without_its_cross_term_is_block_diagonal():
+    of = problem("sgd")
+    stage, path = of.pretrain, of.chain.links[0].path
+    steps, split = path.steps(stage), stage.embedding_size
+    rows = torch.randn(2, len(stage.vector()), dtype=F64)
+    with steps.running():
+        known, found = plain(steps, path.end, 0), without_cross(steps, path.end, 0)
+        matrix = known(torch.eye(len(stage.vector()), dtype=F64))[0]
+        matrix[:split, split:] = matrix[split:, :split] = 0
+        assert relative_error(found(rows)[0], rows @ matrix) < 1e-10
+        assert relative_error(found(rows)[2], known(rows)[2]) < 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if one.group == "budget"])
+def test_each_row_of_the_budget_differs_from_the_exact_one(name):
+    of = problem("sgd")
+    found, truth = METHODS[name].function(of), exact.unrolled(of)
+    assert found.shape == truth.shape and found.isfinite().all()
+    error = relative_error(found, truth)
+    assert error < 1e-3 if name == "single precision" else error > 1e-3
+
+
+def test_the_largest_eigenvalue():
+    link = problem("sgd").chain.links[0]
+    dense = Hessian(link.stage, link.stage.trained).dense()
+    truth = float(torch.linalg.eigvalsh(dense).abs().max())
+    assert budget.largest_eigenvalue(link, 300) == pytest.approx(truth, rel=1e-3)
+
+
+def test_only_changed_links_are_replaced():
+    of = problem("sgd")
+    assert relative_error(scores(of), exact.unrolled(of)) < 1e-12
