@@ -292,8 +292,11 @@ def _second_moments(slopes: Tensor, inputs: Tensor) -> Tensor:
     return torch.stack([(g.mT @ a).square().sum(0) for g, a in pairs]).sum(0)
 
 
-class _Eigenbasis:
-    """Q: Kronecker products of the layers' bases, and the identity on other parameters."""
+class Eigenbasis:
+    """Q: Kronecker products of the layers' bases, and the identity on other parameters.
+
+    The order of coordinates is that of the layers, then of the other parameters.
+    """
 
     def __init__(
         self,
@@ -363,7 +366,7 @@ class InEigenbasis(LinearOperator):
         Of the vectors that it is applied to.
     """
 
-    def __init__(self, basis: _Eigenbasis, eigenvalues: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, dtype: torch.dtype) -> None:
         self.shape, self.dtype, self.device = (basis.size,) * 2, dtype, eigenvalues.device
         self._basis, self.eigenvalues = basis, eigenvalues
 
@@ -444,7 +447,7 @@ class EKFAC(InEigenbasis):
             )
         factors = _Factors(stage, self.block)
         bases = factors.bases()
-        basis = _Eigenbasis(stage.parameters, self.block, factors.layers, bases, factors.others)
+        basis = Eigenbasis(stage.parameters, self.block, factors.layers, bases, factors.others)
         of_layers = [values.flatten() for values in factors.values(bases)]
         values = torch.cat([*of_layers, factors.diagonal()]) + stage.l2
         super().__init__(basis, values, stage.dtype)
@@ -513,7 +516,7 @@ class EKFAC(InEigenbasis):
         ValueError
             `b` does not fit or is not finite; a negative damping; the stage changed.
         FailedSolve
-            The solution is zero for a right-hand side that is not, or overflowed.
+            A right-hand side is in what is zero of A + λI, or the solution overflowed.
 
         Warns
         -----
@@ -530,11 +533,10 @@ class EKFAC(InEigenbasis):
         residual = b - (self @ x + damping * x)
         columns = [one if one.dim() == 2 else one[:, None] for one in (x, b, residual)]
         report = self._report(damping, int(zero.sum()), *columns)
-        lost = ((columns[0] == 0).all(0) & (columns[1] != 0).any(0)).any()
-        if lost or not x.isfinite().all():
+        if report.residual > 1 - torch.finfo(values.dtype).eps ** 0.5:
             raise FailedSolve(
-                f"EK-FAC: the solve of {report.system} failed: the solution is zero where the "
-                "right-hand side is not, or overflowed. Raise the damping or the weight decay",
+                f"EK-FAC: the solve of {report.system} failed: it overflowed, or the right-hand "
+                "side is in what it takes for zero. Raise the damping or the weight decay",
                 report,
             )
         if not report.converged:
@@ -573,6 +575,7 @@ class EKFAC(InEigenbasis):
             residuals=tuple(relative.nan_to_num(torch.inf).tolist()),
             history=(),
             converged=not zero,
+            lowest_eigenvalue=float(self.eigenvalues.min()),
             message=SolveReport.message
             if not zero
             else f"{system} is singular ({zero} eigenvalues are zero to rounding); returned the "

@@ -307,7 +307,9 @@ class _Stationary(_Curved):
         operator, solver = asked.operator(self, "operator"), self.solver
         direct = isinstance(solver, MinRes | ConjugateGradient | Dense)
         if isinstance(operator, EKFAC) and direct and not getattr(solver, "squared", False):
-            solution = operator.solve(right, solver.damping)
+            # It has nothing below zero that automatic damping would have to lift.
+            damping = 0.0 if isinstance(solver.damping, str) else solver.damping
+            solution = operator.solve(right, damping)
         else:
             solution = solver.solve(operator, right, progress=asked.progress)
         return solution.x, (solution.report,)
