@@ -17,7 +17,7 @@ from chains import convex_net, examples, randomised
 from problems import F64, relative_error
 from torch import Tensor, nn
 
-from benchmarks.two_stage import budget, exact
+from benchmarks.two_stage import budget, exact, smoothness
 from benchmarks.two_stage.methods import METHODS
 from benchmarks.two_stage.settings import SETTINGS, Data, Problem
 from benchmarks.two_stage.walks import (
@@ -285,3 +285,70 @@ def test_the_largest_eigenvalue():
 def test_only_changed_links_are_replaced():
     of = problem("sgd")
     assert relative_error(scores(of), exact.unrolled(of)) < 1e-12
+
+
+# --- smoothness ----------------------------------------------------------------------------------
+
+
+def test_metasmoothness_is_that_of_three_trainings():
+    of = problem("sgd")
+    generator = torch.Generator().manual_seed(5)
+    agreed, bent = [], []
+    for _ in range(3):
+        mask = torch.zeros(of.size, dtype=F64)
+        mask[torch.randperm(of.size, generator=generator)[:4]] = 1
+        at = [retrained(of, "sgd", 1 - part * mask) for part in (0, 0.5, 1)]
+        first, second = at[1] - at[0], at[2] - at[1]
+        same = torch.where(first * second > 0, 1.0, -1.0)
+        agreed.append(float((same * (at[2] - at[0]).abs()).sum() / (at[2] - at[0]).abs().sum()))
+        bent.append(float((second - first).norm() / (at[2] - at[0]).norm()))
+    found = smoothness.metasmoothness(of, 4 / 11, 3, seed=5)
+    assert found.losses == pytest.approx(sum(agreed) / 3, abs=1e-9)
+    assert found.bend == pytest.approx(sum(bent) / 3, rel=1e-6)
+    assert -1 <= found.finetuned <= 1 and found.pretrained != found.finetuned
+
+
+def test_a_training_linear_in_the_weights_is_smooth():
+    found = smoothness.metasmoothness(problem("sgd", linear=True, loss=linear_loss), 4 / 11, 3)
+    assert found[:3] == pytest.approx((1, 1, 1), abs=1e-9)
+    assert found.bend < 1e-9
+    ahead, back = torch.tensor([1.0, 3.0]), torch.tensor([1.0, -1.0])
+    assert smoothness.agreement(ahead, ahead) == 1
+    assert smoothness.agreement(ahead, back) == 0
+
+
+def test_an_epsilon_inside_the_root_is_smooth_at_zero():
+    gradient, plain_adam = torch.tensor([0.0, 1e-9, 2.0], dtype=F64), AdamW(0.1, eps=1e-12)
+    rooted, begun = (
+        smoothness.RootedAdam(0.1, eps=1e-24),
+        plain_adam.begin(torch.ones(3, dtype=F64)),
+    )
+    near = rooted.step(begun, gradient, 0.1, 0.0).x, plain_adam.step(begun, gradient, 0.1, 0.0).x
+    assert relative_error(*near) < 1e-3
+    wide = smoothness.RootedAdam(0.1, eps=4.0).step(begun, gradient, 0.1, 0.0)
+    assert wide.x.tolist() == pytest.approx([1, 1 - 0.1 * 1e-9 / 2, 1 - 0.1 * 2 / 8**0.5])
+
+
+def test_variants_of_one_training_go_equally_far():
+    def far(setting) -> list[float]:
+        sizes = (600, 300)
+        return [
+            recipe.epochs * -(-size // recipe.batch_size) * recipe.optimiser.lr
+            for recipe, size in zip(setting.recipes, sizes)
+        ]
+
+    known = list(smoothness.variants())
+    assert len({(what, to) for what, to, _ in known}) == len(known)
+    for what, _, setting in known:
+        if what in ("batch", "rate"):
+            assert far(setting) == pytest.approx(far(SETTINGS["digits-sgd"]), rel=0.1)
+
+
+def test_a_sweep_reports_accuracy_beside_smoothness(monkeypatch):
+    one = next(smoothness.variants())
+    short = tuple(recipe._replace(epochs=2) for recipe in one[2].recipes)
+    setting = replace(one[2], recipes=short)
+    monkeypatch.setattr(smoothness, "variants", lambda: [("batch", "small", setting)])
+    (row,) = smoothness.sweep((100,), (0.05,), 1)
+    assert row["changed"] == "batch" and 0 < row["accuracy"] < 1
+    assert set(row["0.05"]) == set(smoothness.Smoothness._fields)
