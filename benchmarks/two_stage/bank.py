@@ -3,15 +3,15 @@
 A file holds one setting trained with one seed::
 
     shares   (4,)         of the pretraining examples that are left out
-    left_out (4, M, m/8)  which ones, bits packed by numpy.packbits; the same for all seeds
+    left_out (4, M, m/8)  which ones, bits packed by numpy.packbits
     before   (T,)         losses of the functionals as trained
     changes  (4, M, T)    of them after both stages are trained again without these examples, from
                           the same initial weights and in the same batches; float32
+    others   (2, R, M, T) the same from R other seeds, at the shares OTHER_SHARES; of two settings
     about    ()           JSON: setting, seed, sizes, accuracy, seconds, provenance
 
-Of the M subsets of a share the first :data:`GIVEN` are for methods that learn from retrainings;
-the others, :data:`JUDGED`, judge. Since all seeds leave the same examples out, the mean over the
-other seeds is the truth's second reading, which does not know the seed of the model in question.
+Of the M subsets of a share the first 28 are for methods that learn from retrainings; the other 100
+judge.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ BANK = ROOT / "results" / "two_stage" / "bank"
 #: Trainings that are kept as they finish, so that an interrupted run goes on.
 KEPT = ROOT / "build" / "two_stage"
 GIVEN, JUDGED = 28, 100
+#: Shares at which the mean over other seeds is taken.
+OTHER_SHARES = (0.05, 0.5)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Truth:
         Changes of the functionals' losses, ``(4, M, T)``, float64.
     before
         The losses as trained, ``(T,)``.
+    others
+        Changes from R other seeds, ``(2, R, M, T)``; R = 0 of most settings.
     about
         Setting, seed, sizes, accuracy, seconds, provenance.
     """
@@ -58,6 +62,7 @@ class Truth:
     left_out: Tensor
     changes: Tensor
     before: Tensor
+    others: Tensor
     about: dict[str, Any]
 
     def given(self, share: float) -> tuple[Tensor, Tensor]:
@@ -70,13 +75,16 @@ class Truth:
         at = SHARES.index(share)
         return self.left_out[at, GIVEN:], self.changes[at, GIVEN:]
 
+    def judged_by_others(self, share: float) -> Tensor:
+        """Changes ``(R, 100, T)`` of the subsets that judge, from other seeds; R may be 0."""
+        if share not in OTHER_SHARES:
+            return self.changes.new_zeros(0, JUDGED, len(self.before))
+        return self.others[OTHER_SHARES.index(share), :, GIVEN:]
 
-def subsets(name: str, size: int, subsets_a_share: int = GIVEN + JUDGED) -> Tensor:
-    """Which of `size` examples are left out, ``(4, M, size)``: subsets of equal size a share.
 
-    Drawn from the setting's place in the list alone, so that all seeds have the same.
-    """
-    rng = np.random.default_rng([2, list(SETTINGS).index(name)])
+def subsets(size: int, seed: int, subsets_a_share: int = GIVEN + JUDGED) -> Tensor:
+    """Which of `size` examples are left out, ``(4, M, size)``: subsets of equal size a share."""
+    rng = np.random.default_rng([1, seed])
     found = torch.zeros(len(SHARES), subsets_a_share, size, dtype=torch.bool)
     for row, share in zip(found, SHARES):
         for one in row:
@@ -108,6 +116,7 @@ def read(name: str, seed: int, folder: Path = BANK) -> Truth:
             torch.from_numpy(bits.astype(bool)),
             torch.from_numpy(kept["changes"].astype(np.float64)),
             torch.from_numpy(kept["before"]),
+            torch.from_numpy(kept["others"].astype(np.float64)),
             about,
         )
 
@@ -145,14 +154,28 @@ def make(
         if not path.exists():
             of = problem(name, seed)
             began = time.perf_counter()
-            left_out = subsets(name, of.size)
+            left_out = subsets(of.size, seed)
             changes = torch.stack([trained(of, row, jobs) for row in left_out])
-            _write(path, of, left_out, changes, time.perf_counter() - began)
+            others = _from_other_seeds(of, left_out, jobs)
+            _write(path, of, left_out, changes, others, time.perf_counter() - began)
         made.append(path)
     return made
 
 
-def _write(path: Path, of: Problem, left_out: Tensor, changes: Tensor, seconds: float) -> None:
+def _from_other_seeds(of: Problem, left_out: Tensor, jobs: int | None) -> Tensor:
+    """Changes ``(2, R, M, T)`` after training from seeds of which none is a reported one."""
+    count = of.setting.other_seeds
+    found = torch.zeros(len(OTHER_SHARES), count, left_out.shape[1], of.functionals)
+    for number in range(count):
+        other = problem(of.setting.name, 10 + count * of.seed + number)
+        for row, share in enumerate(OTHER_SHARES):
+            found[row, number] = trained(other, left_out[SHARES.index(share)], jobs)
+    return found
+
+
+def _write(
+    path: Path, of: Problem, left_out: Tensor, changes: Tensor, others: Tensor, seconds: float
+) -> None:
     finetune = of.finetune
     with torch.no_grad():
         before = finetune.losses_at(finetune.vector(), *of.data.functionals)
@@ -177,5 +200,6 @@ def _write(path: Path, of: Problem, left_out: Tensor, changes: Tensor, seconds: 
             left_out=np.packbits(left_out.numpy(), axis=2),
             before=before.numpy(),
             changes=changes.numpy().astype(np.float32),
+            others=others.numpy().astype(np.float32),
             about=json.dumps(about),
         )

@@ -1,0 +1,79 @@
+"""The two-stage benchmark's command: ``python -m benchmarks.two_stage COMMAND``.
+
+    list                    settings and methods
+    train SETTING ...       make the bank of settings, by retraining; goes on where it stopped
+    judge SETTING ...       judge every registered method; writes results/two_stage/SETTING.json
+    score FILE [SETTING ..] judge scores in FILE.npz, or the methods that FILE.py registers
+
+``score FILE.npz`` trains nothing: the file holds, under the name ``<setting>-<seed>``, an array
+``(m, T)`` of dq/dw_i. See README.md of this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+from pathlib import Path
+
+import torch
+
+# Importing them registers their methods.
+from benchmarks.two_stage import bank, baselines, budget, exact, implicit, judge  # noqa: F401
+from benchmarks.two_stage.methods import METHODS
+from benchmarks.two_stage.settings import SETTINGS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.two_stage",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list")
+    for name in ("train", "judge", "score"):
+        command = commands.add_parser(name)
+        if name == "score":
+            command.add_argument("file", type=Path)
+        command.add_argument("settings", nargs="*", choices=[*SETTINGS, []], default=[])
+        command.add_argument("--seeds", type=int, nargs="+", help="of the reported ones")
+        command.add_argument("--jobs", type=int, default=None, help="processes, to train")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if options.command == "list":
+        for setting in SETTINGS.values():
+            done = len(bank.seeds_of(setting.name))
+            print(f"{setting.name:16} {done} of {setting.seeds} seeds  {setting.says}")
+        print(*METHODS, sep="\n")
+        return
+    chosen = options.settings or list(SETTINGS)
+    if options.command == "train":
+        for name in chosen:
+            seeds = options.seeds or range(SETTINGS[name].seeds)
+            for path in bank.make(name, seeds, jobs=options.jobs):
+                print(path)
+    elif options.command == "judge":
+        for name in chosen:
+            print(judge.write(name, list(METHODS.values())))
+    else:
+        print(judge.table(_scored(options.file, chosen, options.seeds)))
+
+
+def _scored(file: Path, settings: list[str], seeds: list[int] | None) -> list[dict]:
+    """The rows of a file of scores, or of the methods that a file of Python registers."""
+    if file.suffix == ".npz":
+        return judge.score(file)
+    known = set(METHODS)
+    runpy.run_path(str(file))
+    new = [method for name, method in METHODS.items() if name not in known]
+    return [
+        {"setting": name, **row}
+        for name in settings
+        if bank.seeds_of(name)
+        for row in judge.judge(name, new, seeds, says=False)
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Methods held against retraining: the rows of a record, and those of anyone's scores."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.two_stage import bank
+from benchmarks.two_stage.bank import OTHER_SHARES, Truth
+from benchmarks.two_stage.methods import Method, Predictions
+from benchmarks.two_stage.settings import SETTINGS, SHARES, problem
+from msif_lib.evaluation import Estimate, fidelity, reliability
+from msif_lib.study.records import write_record
+
+RESULTS = bank.BANK.parent
+#: Makes of a truth the predicted changes ``(100, T)`` at a share, or None where it has none.
+Predict = Callable[[int, Truth, float], Tensor | None]
+
+
+def rows_of(
+    method: str, truths: Mapping[int, Truth], predict: Predict, scaled: bool
+) -> list[dict[str, Any]]:
+    """The rows of one method on one setting: one a share, and one a share of the other seeds."""
+    rows = []
+    for share in SHARES:
+        found = [(predict(seed, truth, share), truth) for seed, truth in truths.items()]
+        pairs = [(predicted.numpy(), truth) for predicted, truth in found if predicted is not None]
+        if not pairs:
+            continue
+        predicted = np.stack([one for one, _ in pairs])
+        actual = np.stack([truth.judged(share)[1].numpy() for _, truth in pairs])
+        rows.append(_row(method, share, "same seed", predicted, actual, scaled))
+        others = [truth.judged_by_others(share).numpy() for _, truth in pairs]
+        if all(map(len, others)):
+            means = np.stack([one.mean(0) for one in others])
+            rows.append(_row(method, share, "other seeds", predicted, means, scaled))
+    return rows
+
+
+def _row(
+    method: str, share: float, reading: str, predicted: Any, actual: Any, scaled: bool
+) -> dict[str, Any]:
+    found = fidelity(predicted, actual, scaled=scaled)
+    return {
+        "method": method,
+        "share": share,
+        "reading": reading,
+        "lds": found.lds,
+        "pearson": found.pearson,
+        "slope": found.slope,
+        "error": found.error,
+        "quantiles": found.quantiles,
+    }
+
+
+def judge(
+    name: str, methods: Sequence[Method], seeds: Sequence[int] | None = None, says: bool = True
+) -> list[dict[str, Any]]:
+    """The rows of registered methods on a setting, each with its cost in trainings.
+
+    The cost is the median over seeds of a method's time, by the time of both trainings.
+    """
+    chosen = bank.seeds_of(name) if seeds is None else seeds
+    truths = {seed: bank.read(name, seed) for seed in chosen}
+    problem(name, chosen[0])  # what is run first takes longer
+    asked = {
+        seed: [Predictions(method, problem(name, seed), truth) for method in methods]
+        for seed, truth in truths.items()
+    }
+    rows = []
+    for number, method in enumerate(methods):
+
+        def predict(seed: int, truth: Truth, share: float, number: int = number) -> Tensor | None:
+            one = asked[seed][number]
+            return one.of(share) if one.method.fits(one.problem, share) else None
+
+        found = rows_of(method.name, truths, predict, method.scaled)
+        cost = [one[number].seconds / one[number].problem.seconds for one in asked.values()]
+        answers = len({row["share"] for row in found}) if method.by_share else 1
+        for row in found:
+            row["trainings"] = statistics.median(cost) / answers
+            row["group"] = method.group
+        rows += found
+        if says and found:
+            scores = "  ".join(
+                f"{row['share']:.0%} {row['lds']}" for row in found if row["reading"] == "same seed"
+            )
+            print(f"{name}: {method.name}: {scores}  ({found[0]['trainings']:.1f})", flush=True)
+    return rows
+
+
+def ceilings(truths: Mapping[int, Truth]) -> list[dict[str, Any]]:
+    """How reliable the mean over other seeds is, one half of them against the other, by share."""
+    rows = []
+    for share in OTHER_SHARES:
+        others = [truth.judged_by_others(share).numpy() for truth in truths.values()]
+        if all(len(one) > 1 for one in others):
+            found = reliability(np.stack(others))
+            rows.append({"share": share, "found": found})
+    return rows
+
+
+def write(name: str, methods: Sequence[Method], extra: Callable[..., Any] | None = None) -> Path:
+    """Judge all methods on a setting and write its record."""
+    began = time.perf_counter()
+    seeds = bank.seeds_of(name)
+    truths = {seed: bank.read(name, seed) for seed in seeds}
+    rows = judge(name, methods, seeds)
+    about = [truth.about for truth in truths.values()]
+    setting = SETTINGS[name]
+    values = {
+        "says": setting.says,
+        "rows": rows,
+        "ceilings": ceilings(truths),
+        "accuracy": [one["accuracy"] for one in about],
+        "parameters": about[0]["parameters"],
+        "pretraining examples": about[0]["pretraining examples"],
+        "finetuning examples": about[0]["finetuning examples"],
+        "functionals": len(truths[seeds[0]].before),
+        "subsets": bank.JUDGED,
+        "retraining seconds": [one["seconds of all retrainings"] for one in about],
+    }
+    path = RESULTS / f"{name}.json"
+    write_record(
+        path,
+        section="two_stage",
+        dataset=setting.says,
+        values=values,
+        parameters={"shares": SHARES},
+        seeds=seeds,
+        wall_time=time.perf_counter() - began,
+    )
+    return path
+
+
+def from_file(path: Path) -> tuple[dict[tuple[str, int], Tensor], bool]:
+    """Scores of a ``.npz`` file by setting and seed, and whether they are in units of the loss.
+
+    An array ``<setting>-<seed>`` holds dq/dw_i ``(m, T)``; ``scaled`` (False by default) says that
+    they are in units of the loss.
+
+    Raises
+    ------
+    ValueError
+        No array is of a setting; an array of another shape, or with values that are not finite.
+    """
+    found: dict[tuple[str, int], Tensor] = {}
+    with np.load(path, allow_pickle=False) as arrays:
+        for key in arrays.files:
+            name, _, seed = key.rpartition("-")
+            if name in SETTINGS and seed.isdigit():
+                values = torch.from_numpy(np.asarray(arrays[key], dtype=float))
+                truth = bank.read(name, int(seed))
+                expected = (truth.left_out.shape[2], len(truth.before))
+                if tuple(values.shape) != expected:
+                    raise ValueError(f"{key} must be (m, T) = {expected}, not {values.shape}")
+                if not values.isfinite().all():
+                    raise ValueError(f"{key} has values that are not finite")
+                found[name, int(seed)] = values
+            elif key != "scaled":
+                raise ValueError(
+                    f"{key!r} is no <setting>-<seed>; the settings are {', '.join(SETTINGS)}"
+                )
+        scaled = bool(arrays["scaled"]) if "scaled" in arrays.files else False
+    if not found:
+        raise ValueError(f"{path} holds no scores; an array is called digits-sgd-0, say")
+    return found, scaled
+
+
+def score(path: Path) -> list[dict[str, Any]]:
+    """The rows of scores in a file, with no training at all."""
+    found, scaled = from_file(path)
+    by_setting: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for (name, seed), values in found.items():
+        by_setting[name][seed] = values
+    rows = []
+    for name, scores in by_setting.items():
+        truths = {seed: bank.read(name, seed) for seed in scores}
+
+        def predict(
+            seed: int, truth: Truth, share: float, scores: Mapping[int, Tensor] = scores
+        ) -> Tensor:
+            return -(truth.judged(share)[0].to(scores[seed]) @ scores[seed])
+
+        rows += [{"setting": name, **row} for row in rows_of(path.stem, truths, predict, scaled)]
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Datamodeling scores with intervals, in text: methods down, shares across."""
+    import pandas as pd
+
+    plain = [
+        {
+            "setting": row.get("setting", ""),
+            "method": row["method"],
+            "truth": row["reading"],
+            "share": f"{row['share']:.0%}",
+            "lds": str(_estimate(row["lds"])),
+        }
+        for row in rows
+    ]
+    shown = pd.DataFrame(plain).pivot_table(
+        index=["setting", "truth", "method"], columns="share", values="lds", aggfunc="first",
+        sort=False,
+    )  # fmt: skip
+    return shown.fillna("").to_string()
+
+
+def _estimate(value: Any) -> Estimate:
+    return Estimate(**value) if isinstance(value, Mapping) else value
