@@ -35,7 +35,7 @@ MOST_ROWS, FEWEST_ROWS = 1024, 16
 _EXAMPLES = 2**16
 # Outputs of more numbers than this (the softmax of a language model) have a curvature too large to
 # take apart.
-LARGEST_OUTPUT = 128
+_LARGEST_OUTPUT = 128
 # Where D is zero or next to it, P takes this share of its largest eigenvalue in place of D: what
 # the rows leave out is not zero.
 _FLOOR = 1e-4
@@ -197,9 +197,9 @@ def curvature_in_outputs(stage: Stage, outputs: Tensor, targets: Nested, weights
     if not isinstance(outputs, Tensor) or len(outputs) != count:
         raise ValueError("the outputs are not one tensor with the examples as first dimension")
     flat = outputs.reshape(count, -1)
-    if flat.shape[1] > LARGEST_OUTPUT:
+    if flat.shape[1] > _LARGEST_OUTPUT:
         raise ValueError(
-            f"the outputs of an example are too many: {flat.shape[1]}, at most {LARGEST_OUTPUT}"
+            f"the outputs of an example are too many: {flat.shape[1]}, at most {_LARGEST_OUTPUT}"
         )
 
     def loss(output: Tensor, target: Nested) -> Tensor:
