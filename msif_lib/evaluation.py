@@ -17,6 +17,8 @@ from msif_lib.support.arguments import between, dense, flag, whole
 
 _Statistic = Callable[..., Any]
 
+# Numbers that the jackknife holds at once.
+_AT_ONCE = 2_000_000
 # Values that differ by this share of their size differ by rounding.
 _ROUNDING = 8 * np.finfo(float).eps
 
@@ -313,11 +315,18 @@ def _checked(name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _pseudo_values(
     statistic: _Statistic, samples: tuple[NDArray[np.float64], ...]
 ) -> NDArray[np.float64]:
-    """The jackknife's n s − (n − 1) s₋ᵢ, with s₋ᵢ the statistic without the i-th of n: ``(n,)``."""
-    n = len(samples[0])
+    """The jackknife's n s − (n − 1) s₋ᵢ of samples ``(..., n)``, s₋ᵢ being without the i-th."""
+    n = samples[0].shape[-1]
     others = np.nonzero(~np.eye(n, dtype=bool))[1].reshape(n, n - 1)
-    without = statistic(*(sample[others] for sample in samples))
-    return n * statistic(*samples) - (n - 1) * without
+    flat = [sample.reshape(-1, n) for sample in samples]
+    rows = max(1, _AT_ONCE // n**2)
+    without = [
+        statistic(*(one[first : first + rows, others] for one in flat))
+        for first in range(0, len(flat[0]), rows)
+    ]
+    return n * statistic(*samples)[..., None] - (n - 1) * np.concatenate(without).reshape(
+        samples[0].shape
+    )
 
 
 def _student(values: NDArray[np.float64], confidence: float) -> float:
@@ -339,16 +348,17 @@ def _estimate(
     """
     between("confidence", confidence)
     with np.errstate(invalid="ignore", divide="ignore"):
-        table = statistic(*samples)
-        value = float(table.mean())
-        if len(table) == 1:
-            each = zip(*(sample[0] for sample in samples), strict=True)
-            table = np.stack([_pseudo_values(statistic, of_one) for of_one in each], axis=1)
-    if not np.isfinite(table).all():
+        value = float(statistic(*samples).mean())
+        pseudo = _pseudo_values(statistic, samples)
+    if not np.isfinite(pseudo).all():
         raise ValueError("effects that are constant but for one subset have no interval")
-    means = (table.mean(axis) for axis in (0, 1))
-    half = math.hypot(*(_student(one, confidence) for one in means if len(one) > 1))
-    return Estimate(value, max(value - half, least), min(value + half, most))
+    table = pseudo.mean(-1) if len(pseudo) > 1 else pseudo[0].T
+    half = math.hypot(
+        *(_student(one, confidence) for one in (table.mean(0), table.mean(1)) if len(one) > 1)
+    )
+    unbiased = float(table.mean())
+    low, high = min(value, unbiased) - half, max(value, unbiased) + half
+    return Estimate(value, max(low, least), min(high, most))
 
 
 def linear_datamodeling_score(
@@ -363,6 +373,11 @@ def linear_datamodeling_score(
     own. Where there is one seed, the rows are the subsets, with the jackknife's pseudo-values
     (Tukey 1958; Dorfman, Berbaum and Metz 1992 compare readers and cases so). Noise that is neither
     the row's nor the column's is counted in both, which errs on the wide side.
+
+    Spearman's ρ of S subsets is too low, on average by 3 (ρ − τ)/(S + 1) with Kendall's τ: 0.0035
+    where ρ is 0.97 and S is 100. The value is the plain one, as others report it; the jackknife has
+    one without this bias, and the interval reaches as far below the lower of the two as above the
+    higher.
 
     Percentiles of a bootstrap of all three cover less than they say: with few seeds, which are
     drawn from too few, and near 1, where draws with replacement bring ties. The tests measure both.
@@ -389,8 +404,7 @@ def linear_datamodeling_score(
     ------
     ValueError
         Unequal shapes, no seed or functional, fewer than three removals, values that are not
-        finite, or effects on some functional that are constant (with one seed: but for one
-        removal).
+        finite, or effects on some functional that are constant, if need be without one removal.
     """
     return _estimate(_spearman, _by_functional(predicted, actual), confidence, -1, 1)
 
@@ -436,7 +450,7 @@ def fidelity(
 def reliability(
     actual_by_seed: ArrayLike,
     *,
-    splits: int = 50,
+    splits: int = 20,
     confidence: float = 0.95,
     seed: int | np.random.Generator = 0,
 ) -> Reliability:

