@@ -38,6 +38,7 @@ from msif_lib.curvature import Hessian
 from msif_lib.links import Stopped, Unrolled
 from msif_lib.training import SGD, AdamW, descend
 
+WIDE = {"wide": AdamW(1e4, eps=1e6, weight_decay=0.0)}
 OPTIMISERS = {"sgd": SGD(0.1, momentum=0.8), "adamw": AdamW(0.02, weight_decay=0.1)}
 L2 = (0.03, 0.02)
 DATA = Data(examples(11, 3, 0), examples(8, 2, 1), examples(4, 2, 2), examples(4, 2, 3))
@@ -60,10 +61,10 @@ def modules(linear: bool, frozen: bool = False) -> list[nn.Module]:
 def problem(kind: str, linear: bool = False, frozen: bool = False, loss=cross_entropy) -> Problem:
     embedding, *heads = modules(linear)
     first = Stage(embedding, heads[0], loss, DATA.pretrain, L2[0], check=False)
-    path1 = descend(first, OPTIMISERS[kind], 3, 4, 0, progress=False)
+    path1 = descend(first, (OPTIMISERS | WIDE)[kind], 3, 4, 0, progress=False)
     tuned = copy.deepcopy(embedding).requires_grad_(not frozen)
     second = Stage(tuned, heads[1], loss, DATA.finetune, L2[1], check=False)
-    path2 = descend(second, OPTIMISERS[kind], 3, 3, 1, progress=False)
+    path2 = descend(second, (OPTIMISERS | WIDE)[kind], 3, 3, 1, progress=False)
     chain = Chain([Unrolled(first, path1), Unrolled(second, path2)], progress=False)
     setting = replace(SETTINGS["digits-sgd"], frozen=frozen)
     return Problem(setting, 0, chain, DATA, (1.0, 1.0), 1.0)
@@ -268,11 +269,18 @@ def test_a_hessian_without_its_cross_term_is_block_diagonal():
 
 @pytest.mark.parametrize("name", [name for name, one in METHODS.items() if one.group == "budget"])
 def test_each_row_of_the_budget_differs_from_the_exact_one(name):
-    of = problem("sgd")
+    of = problem("adamw" if "Adam" in name else "sgd")
     found, truth = METHODS[name].function(of), exact.unrolled(of)
     assert found.shape == truth.shape and found.isfinite().all()
     error = relative_error(found, truth)
     assert error < 1e-3 if name == "single precision" else error > 1e-3
+
+
+def test_adam_s_scale_held_is_exact_where_it_hardly_moves():
+    """With ε far above √v̂ the scale is ε, whatever the weights."""
+    of = problem("wide")
+    assert relative_error(budget.scale_held(of), exact.unrolled(of)) < 1e-5
+    assert torch.equal(budget.scale_held(problem("sgd")), scores(problem("sgd")))
 
 
 def test_the_largest_eigenvalue():

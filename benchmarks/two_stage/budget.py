@@ -8,7 +8,7 @@ step back takes (:mod:`benchmarks.two_stage.walks`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from msif_lib import Chain
 from msif_lib.curvature import Hessian
 from msif_lib.descent import Path
 from msif_lib.links import Frozen, Link, Proximal, Unrolled
-from msif_lib.optimisers import State
+from msif_lib.optimisers import AdamW, Rate, State
 from msif_lib.solvers import MinRes
 from msif_lib.support.data import map_leaves
 
@@ -105,6 +105,36 @@ for _share in DAMPINGS:
     register(f"both trainings: damping of {_share:g} σ₁", only="descent", group="budget")(
         partial(with_damping, share=_share)
     )
+
+
+@dataclass(frozen=True)
+class HeldScale(AdamW):
+    """AdamW whose adjoint takes √v̂ + ε for a constant, as flows do that scale gradients by it."""
+
+    def pull_back(
+        self, state: State, gradient: Tensor, rate: Rate, decay: Rate, cotangent: State
+    ) -> tuple[Tensor, State]:
+        """λ_m' = λ_m − (η/c₁) λ_x/D, λ_g = (1−β₁) λ_m'."""
+        _, v, c1, c2 = self._moments(state, gradient)
+        scale = rate / c1 / ((v / c2).sqrt() + self.eps)
+        moment = cotangent.buffers[0] - scale * cotangent.x
+        buffers = self.betas[0] * moment, torch.zeros_like(moment)
+        shrunk = (1 - rate * decay) * cotangent.x
+        return (1 - self.betas[0]) * moment, State(shrunk, buffers, state.step)
+
+
+@register("both trainings: Adam's scale taken for constant", only="descent", group="budget")
+def scale_held(of: Problem) -> Tensor:
+    """No derivative of Adam's second moment. SGD has none: there this is the exact row."""
+    return scores(of, *(_held(link) for link in of.chain.links))
+
+
+def _held(link: Unrolled) -> Unrolled:
+    optimiser = link.path.optimiser
+    if not isinstance(optimiser, AdamW):
+        return link
+    known = {one.name: getattr(optimiser, one.name) for one in fields(AdamW)}
+    return Unrolled(link.stage, replace(link.path, optimiser=HeldScale(**known)))
 
 
 # --- whole trainings -----------------------------------------------------------------------------
