@@ -27,6 +27,7 @@ from msif_lib import (
     UpdatedEmbeddingInfluence,
 )
 from msif_lib.curvature import CrossHessian, GaussNewton, Hessian
+from msif_lib.ekfac import EKFAC
 from msif_lib.links import Link, Optimum, Stopped
 from msif_lib.scale.sharding import initialise, shard
 from msif_lib.solvers import ConjugateGradient, Dense, FailedSolve, MinRes
@@ -58,6 +59,7 @@ def results(share: Callable[[Stage], Stage], problem: Problem, folder: Path) -> 
         found[f"{name} Hessian"] = Hessian(stage) @ v
         found[f"{name} Hessian, no graph kept"] = Hessian(stage, memory_budget=0) @ v
         found[f"{name} Gauss-Newton"] = GaussNewton(stage) @ v
+        found[f"{name} EK-FAC"] = EKFAC(stage) @ v
         cross, (v_w, v_h) = CrossHessian(stage), stage.split(v)
         found[f"{name} cross Hessian"] = cross @ v_h
         found[f"{name} its transpose"] = cross.T @ v_w
