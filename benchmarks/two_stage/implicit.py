@@ -1,0 +1,363 @@
+"""Rows of the implicit formulas: both stages taken to end at an optimum, whether they did or not.
+
+    case 1   Optimum → Frozen      the embedding as pretrained        (the paper's eqs. 9 to 11)
+    case 2   Optimum → Proximal    the embedding pulled towards it    (its eqs. 12 to 15)
+
+In case 1 the blocks of the finetuning objective are taken where finetuning ended, though it moved
+the embedding. α of case 2 is the setting's own at an optimum; off it, 1/(2τ) with τ the time that
+finetuning took: then what finetuning leaves of the embedding in flat directions of its loss,
+2α/(σ + 2α), is right where gradient flow has forgotten 1 − e⁻¹ of it. Where finetuning keeps the
+embedding both cases are one.
+
+A damping is given by its size beside the largest eigenvalue of the matrix to which it is added, one
+factor for both solves. Where one is chosen, it is from :data:`FACTORS`, by the datamodeling score
+at a share of 0.05 on the seeds of choices 100 and 101, averaged over the settings of :data:`ON`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+from benchmarks.two_stage.bank import Truth
+from benchmarks.two_stage.methods import METHODS, Method, register
+from benchmarks.two_stage.settings import Problem
+from msif_lib.curvature import CrossHessian, Hessian
+from msif_lib.ekfac import EKFAC
+from msif_lib.links import Asked, Frozen, Link, Optimum, Proximal
+from msif_lib.solvers import MinRes, Operator, Solver, SolveReport, SolverWarning, automatic_damping
+from msif_lib.support.operators import LinearOperator
+
+#: Factors of the largest eigenvalue from which a damping is chosen.
+FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: Settings on which choices are made; those of optima are made on the last alone.
+ON = ("digits-sgd", "mnist-sgd", "mnist-adamw", "digits-optimum")
+# Relative residual of an iterative solve, and iterations allowed: of values that decide an order.
+_TOL, _ITERATIONS = 1e-3, 60
+
+
+# --- the chain -----------------------------------------------------------------------------------
+
+
+def functionals(of: Problem) -> Tensor:
+    """∇q of each functional at the finetuned model, ``(p, T)`` over embedding and head."""
+    tested = of.finetune.with_data(of.data.functionals, "functionals", check=False)
+    return torch.cat(list(tested.per_example_gradients())).T.contiguous()
+
+
+def on_embedding(of: Problem, rows: Tensor) -> Tensor:
+    """Columns over the embedding ``(p_W, k)`` among all parameters of pretraining, ``(p, k)``."""
+    whole = rows.new_zeros(len(of.pretrain.vector()), rows.shape[1])
+    whole[: len(rows)] = rows
+    return whole
+
+
+def through(of: Problem, first: Link, handed: Tensor) -> Tensor:
+    """dq/dw_i ``(m, T)`` of what finetuning hands back ``(p_W, T)``, through pretraining."""
+    u = first.pull_back(on_embedding(of, handed), Asked(hand_back=False)).u
+    assert u is not None
+    return -along(of, u) / of.size
+
+
+def along(of: Problem, u: Tensor) -> Tensor:
+    """∇ℓ_iᵀ u of the pretraining examples, ``(m, k)`` for columns ``(p, k)``."""
+    return torch.cat(list(of.pretrain.directional_derivatives(u)))
+
+
+def pull_of(of: Problem) -> float:
+    """α of case 2."""
+    path = getattr(of.chain.links[1], "path", None)
+    return of.setting.alpha if path is None else 1 / (2 * path.time)
+
+
+def links(
+    of: Problem, case: int, curvature: str = "hessian", preconditioner: str = "gauss-newton"
+) -> tuple[Optimum, Frozen | Proximal]:
+    """Both links of a case, undamped."""
+    stage, how = of.finetune, (MinRes(), curvature, preconditioner)
+    last = Frozen(stage, *how) if case == 1 else Proximal(stage, pull_of(of), *how)
+    return Optimum(of.pretrain, *how), last
+
+
+# --- damping -------------------------------------------------------------------------------------
+
+
+def largest(operator: LinearOperator) -> float:
+    """The largest eigenvalue, to one part in a hundred."""
+    if isinstance(operator, EKFAC):
+        return float(operator.eigenvalues.max())
+    start = torch.ones(operator.shape[0], dtype=torch.float64).numpy()
+    found = eigsh(operator.to_scipy(), 1, which="LA", tol=1e-2, v0=start, return_eigenvectors=False)
+    return float(found[0])
+
+
+#: What is added to the diagonal of a matrix.
+Damping = Callable[[LinearOperator], float]
+
+
+def none(operator: LinearOperator) -> float:
+    """Nothing."""
+    return 0.0
+
+
+def fixed(factor: float) -> Damping:
+    """`factor` times the largest eigenvalue."""
+    return lambda operator: factor * largest(operator)
+
+
+def automatic(operator: LinearOperator) -> float:
+    """The library's: twice what its estimate of the lowest eigenvalue is below zero."""
+    return automatic_damping(operator).damping
+
+
+Solved = TypeVar("Solved", Optimum, Frozen | Proximal)
+
+
+def solved_by(link: Solved, damping: Damping) -> Solved:
+    """The link with MINRES and a damping of its own."""
+    return replace(link, solver=MinRes(_TOL, _ITERATIONS, damping=damping(link.operator)))
+
+
+def case_scores(of: Problem, case: int, damping: Damping, **how: str) -> Tensor:
+    """dq/dw_i ``(m, T)`` of a case, wherever finetuning left the embedding.
+
+    A :class:`msif_lib.Chain` refuses a finetuning that moved what its link says it kept.
+    """
+    with warnings.catch_warnings():
+        # That a solve stops short or meets negative curvature is what is shown.
+        warnings.simplefilter("ignore", SolverWarning)
+        first, last = links(of, case, **how)
+        first, last = solved_by(first, damping), solved_by(last, damping)
+        return through(of, first, last.pull_back(functionals(of)).handed)
+
+
+# --- exact curvature -----------------------------------------------------------------------------
+
+_FIXED = {1: 0.1, 2: 0.1}
+_GAUSS_NEWTON = {1: 0.01, 2: 0.01}
+
+
+@register("case 1, no damping")
+def case_1(of: Problem) -> Tensor:
+    """The paper's case 1 with exact Hessians, by MINRES to 1e-3 or 60 iterations."""
+    return case_scores(of, 1, none)
+
+
+@register("case 1, fixed damping")
+def case_1_fixed(of: Problem) -> Tensor:
+    """The same, damped. Of the factors in :data:`FACTORS` the one in `_FIXED` was chosen."""
+    return case_scores(of, 1, fixed(_FIXED[1]))
+
+
+@register("case 1, automatic damping")
+def case_1_automatic(of: Problem) -> Tensor:
+    """The same, each matrix damped by what makes it definite. Nothing to choose."""
+    return case_scores(of, 1, automatic)
+
+
+@register("case 2, no damping")
+def case_2(of: Problem) -> Tensor:
+    """The paper's case 2 with exact Hessians, by MINRES to 1e-3 or 60 iterations."""
+    return case_scores(of, 2, none)
+
+
+@register("case 2, fixed damping")
+def case_2_fixed(of: Problem) -> Tensor:
+    """The same, damped. Of the factors in :data:`FACTORS` the one in `_FIXED` was chosen."""
+    return case_scores(of, 2, fixed(_FIXED[2]))
+
+
+@register("case 2, automatic damping")
+def case_2_automatic(of: Problem) -> Tensor:
+    """The same, each matrix damped by what makes it definite. Nothing to choose."""
+    return case_scores(of, 2, automatic)
+
+
+@register("case 1, Gauss–Newton")
+def case_1_gauss_newton(of: Problem) -> Tensor:
+    """Case 1 with Gauss–Newton matrices and an exact cross term; damping chosen by the rule."""
+    return case_scores(of, 1, fixed(_GAUSS_NEWTON[1]), curvature="gauss-newton")
+
+
+@register("case 2, Gauss–Newton")
+def case_2_gauss_newton(of: Problem) -> Tensor:
+    """Case 2 with Gauss–Newton matrices; damping chosen by the rule."""
+    return case_scores(of, 2, fixed(_GAUSS_NEWTON[2]), curvature="gauss-newton")
+
+
+# --- EK-FAC --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ByLayers(Method):
+    """A method that EK-FAC allows: it takes at most 128 outputs of an example apart."""
+
+    def fits(self, problem: Problem, share: float) -> bool:
+        """Whether the pretraining labels are one class each."""
+        return super().fits(problem, share) and problem.data.pretrain[1].dim() == 1
+
+
+def _by_layers(name: str, **how: object) -> Callable[[Callable[[Problem], Tensor]], Callable]:
+    def added(function: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
+        METHODS[name] = _ByLayers(name, function, **how)  # type: ignore[arg-type]
+        return function
+
+    return added
+
+
+_EKFAC, _EKFAC_CROSS = 0.01, 0.01
+
+
+def ekfac_scores(of: Problem, factor: float) -> Tensor:
+    """EK-FAC of each layer in both stages."""
+    return case_scores(of, 2, fixed(factor), curvature="ekfac")
+
+
+@_by_layers("EK-FAC in both stages")
+def ekfac(of: Problem) -> Tensor:
+    """Multi-stage influence as Bao et al. (2025) write and code it, with EK-FAC in both stages.
+
+        dq/dw_i = −∇_W qᵀ (A_F + 2α + λ)⁻¹ 2α (A_G + λ)⁻¹ ∇_W ℓ_i / m
+
+    A_F and A_G are block diagonal by layers, so that the cross term of embedding and head drops out
+    of the finetuning matrix, and the head's own gradient with it. Their code damps both inverses by
+    a small constant (1e-4), which stands for the pull too; here the pull is 2α as in every row of
+    case 2 and λ is by the rule. Modes of ℓ'' are summed exactly, where they sample labels.
+    """
+    return ekfac_scores(of, _EKFAC)
+
+
+def ekfac_cross_scores(of: Problem, factor: float) -> Tensor:
+    """The same with f_W − F_WΘ F_ΘΘ⁻¹ f_Θ in place of f_W; F_WΘ is exact, F_ΘΘ EK-FAC's."""
+    first, last = links(of, 2, curvature="ekfac")
+    first, last = solved_by(first, fixed(factor)), solved_by(last, fixed(factor))
+    stage = of.finetune
+    shared, own = stage.split(functionals(of))
+    if not last.held:
+        head = torch.cat([torch.zeros_like(shared), own])
+        answer = last.pull_back(head).u
+        assert answer is not None
+        shared = shared - CrossHessian(stage) @ stage.split(answer)[1]
+    cotangent = torch.cat([shared, own])
+    return through(of, first, last.pull_back(cotangent).handed)
+
+
+@_by_layers("EK-FAC, cross term kept")
+def ekfac_cross(of: Problem) -> Tensor:
+    """The same with the head's answer to the embedding; damping by the rule.
+
+    In the Schur form of case 2, 2α (S + 2α)⁻¹ stands before f_W − F_WΘ F_ΘΘ⁻¹ f_Θ. F_WΘ is exact
+    and the other matrices are EK-FAC's; of S = F_WW − F_WΘ F_ΘΘ⁻¹ F_ΘW the first part alone is
+    taken, which is no less than S and never negative.
+    """
+    return ekfac_cross_scores(of, _EKFAC_CROSS)
+
+
+@_by_layers("case 2, preconditioned by EK-FAC")
+def by_ekfac(of: Problem) -> Tensor:
+    """Case 2 with fixed damping, exact, its solves preconditioned by EK-FAC: another cost alone."""
+    return case_scores(of, 2, fixed(_FIXED[2]), preconditioner="ekfac")
+
+
+# --- a few eigenpairs ----------------------------------------------------------------------------
+
+_PAIRS = 100
+
+
+@dataclass(frozen=True)
+class Leading(Solver):
+    """u = V Σ⁻¹ Vᵀ b with the eigenpairs that are largest in size, and nothing elsewhere.
+
+    Attributes
+    ----------
+    pairs
+        How many.
+    """
+
+    pairs: int = 100
+
+    def _solve(self, operator: Operator, b: Tensor, progress: bool) -> tuple[Tensor, SolveReport]:
+        assert isinstance(operator, LinearOperator)
+        size = operator.shape[0]
+        if self.pairs < size - 1:
+            start = torch.ones(size, dtype=torch.float64).numpy()
+            found = eigsh(operator.to_scipy(), self.pairs, which="LM", tol=1e-4, v0=start)
+            values, vectors = (torch.from_numpy(one.copy()) for one in found)
+        else:
+            values, vectors = torch.linalg.eigh(operator.dense())
+        x = vectors @ ((vectors.T @ b) / values[:, None])
+        left = b - operator @ x
+        residuals = tuple((left.norm(dim=0) / b.norm(dim=0).clamp_min(1e-300)).tolist())
+        return x, SolveReport("Arnoldi", self._system, 0.0, 0, 0, residuals, (), self.pairs >= size)
+
+
+def arnoldi_scores(of: Problem, pairs: int) -> Tensor:
+    """Case 2 in the leading eigenspaces of both matrices."""
+    first, last = links(of, 2)
+    first, last = replace(first, solver=Leading(pairs)), replace(last, solver=Leading(pairs))
+    return through(of, first, last.pull_back(functionals(of)).handed)
+
+
+@register("Arnoldi")
+def arnoldi(of: Problem) -> Tensor:
+    """Case 2 by the leading eigenpairs of each matrix (Schioppa et al. 2021), undamped.
+
+    10, 50 or 100 pairs, by ARPACK's restarted Lanczos; what is outside their span is dropped.
+    """
+    return arnoldi_scores(of, _PAIRS)
+
+
+# --- groups --------------------------------------------------------------------------------------
+
+
+def _of_groups(of: Problem, left_out: Tensor, x: Tensor) -> Tensor:
+    """(1/m) Σ_{i in U} ∇²ℓ_i x_U for a column of x and a subset U each, ``(p, M)``."""
+    stage, found = of.pretrain, torch.zeros_like(x)
+    for column, (chosen, v) in enumerate(zip(left_out, x.unbind(1))):
+        group = stage.with_weights(chosen.to(stage.weights))
+        found[:, column] = Hessian(group, stage.trained) @ v - stage.l2 * v
+    return found
+
+
+def group_changes(of: Problem, left_out: Tensor, damping: Damping, order: int = 2) -> Tensor:
+    """Predicted changes ``(M, T)`` of subsets ``(M, m)``; see :func:`second_order_groups`."""
+    first, last = links(of, 2)
+    first, last = solved_by(first, damping), solved_by(last, damping)
+    handed = on_embedding(of, last.pull_back(functionals(of)).handed)
+    gradients = torch.zeros(len(handed), len(left_out), dtype=handed.dtype)
+    start = 0
+    for block in of.pretrain.per_example_gradients():
+        some = left_out[:, start : start + len(block)].to(block)
+        gradients += (some @ block).T / of.size
+        start += len(block)
+    solved = first.pull_back(torch.cat([handed, gradients], 1), Asked(hand_back=False)).u
+    assert solved is not None
+    v, moved = solved.split([handed.shape[1], len(left_out)], 1)
+    changes = moved.T @ handed
+    if order == 2:
+        changes += _of_groups(of, left_out, moved).T @ v
+    return changes
+
+
+@register("second-order groups", of_subsets=True, shares=(0.2, 0.5))
+def second_order_groups(of: Problem, share: float, left_out: Tensor, truth: Truth) -> Tensor:
+    """Case 2 with second-order influence of groups (Basu, You & Feizi 2020) in pretraining.
+
+    Without a subset U of the m examples, 1/m kept, the optimum moves by x' + ½x'' + …, where
+
+        x' = H⁻¹ Σ_U ∇ℓ_i / m,   ½x'' = H⁻¹ (Σ_U ∇²ℓ_i / m) x'
+
+    but for a term in third derivatives of the loss, which they leave out too. They take the mean
+    over those that are left: with p = |U|/m, X = x'/(1 − p) and the mean Hessian H̄_U over U the
+    same expansion is then X − p/(1 − p) (X − H⁻¹ H̄_U X), the truth here being another. What
+    follows is linear: case 2 with fixed damping.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SolverWarning)
+        return group_changes(of, left_out, fixed(_FIXED[2]))
