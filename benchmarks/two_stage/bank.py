@@ -82,10 +82,10 @@ class Truth:
         return self.others[OTHER_SHARES.index(share), :, GIVEN:]
 
 
-def subsets(size: int, seed: int, subsets_a_share: int = GIVEN + JUDGED) -> Tensor:
+def subsets(size: int, seed: int) -> Tensor:
     """Which of `size` examples are left out, ``(4, M, size)``: subsets of equal size a share."""
     rng = np.random.default_rng([1, seed])
-    found = torch.zeros(len(SHARES), subsets_a_share, size, dtype=torch.bool)
+    found = torch.zeros(len(SHARES), GIVEN + JUDGED, size, dtype=torch.bool)
     for row, share in zip(found, SHARES):
         for one in row:
             one[rng.permutation(size)[: round(share * size)]] = True
