@@ -36,7 +36,7 @@ from msif_lib.curvature import BlockName, numbers_of
 from msif_lib.preconditioner import curvature_in_outputs, modes_of
 from msif_lib.solvers import FailedSolve, Solution, SolveReport, SolverWarning
 from msif_lib.stage import Stage
-from msif_lib.support.arguments import dense, not_negative
+from msif_lib.support.arguments import check_vector, dense, not_negative
 from msif_lib.support.data import Nested, map_leaves
 from msif_lib.support.linear_maps import Key, LinearMaps, Use
 from msif_lib.support.notices import warn_caller
@@ -311,39 +311,39 @@ class Eigenbasis:
         self.size = sum(self._sizes.values())
 
     def _matrices(self, columns: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Of each layer its rows as ``(o, i, k)``, and the rows ``(p, k)`` of other parameters."""
-        rows = dict(zip(self._sizes, columns.split([*self._sizes.values()])))
+        """Of each layer its rows as ``(k, o, i)``, and the rows ``(k, p)`` of other parameters."""
+        rows = dict(zip(self._sizes, columns.T.split([*self._sizes.values()], 1)))
         k = columns.shape[1]
         matrices = [
-            torch.cat([rows[number].view(layer.sides[0], -1, k) for number in layer.numbers], 1)
+            torch.cat([rows[number].reshape(k, layer.sides[0], -1) for number in layer.numbers], 2)
             for layer in self._layers
         ]
         others = [rows[number] for number in self._others]
-        return matrices, torch.cat(others) if others else columns[:0]
+        return matrices, torch.cat(others, 1) if others else columns.T[:, :0]
 
     def coordinates(self, columns: Tensor) -> Tensor:
         """Qᵀ x for columns ``(p, k)``."""
         matrices, others = self._matrices(columns)
         turned = [
-            torch.einsum("oj,oik,il->jlk", left, matrix, right).flatten(0, 1)
+            (left.T @ (matrix @ right)).flatten(1)
             for matrix, (left, right) in zip(matrices, self._bases)
         ]
-        return torch.cat([*turned, others])
+        return torch.cat([*turned, others], 1).T
 
     def columns(self, coordinates: Tensor) -> Tensor:
         """Q x for coordinates ``(p, k)``."""
         k = coordinates.shape[1]
         sizes = [layer.sides[0] * layer.sides[1] for layer in self._layers]
-        *parts, others = coordinates.split([*sizes, self.size - sum(sizes)])
+        *parts, others = coordinates.T.split([*sizes, self.size - sum(sizes)], 1)
         rows = {}
         for layer, part, (left, right) in zip(self._layers, parts, self._bases):
-            matrix = torch.einsum("oj,jlk,il->oik", left, part.view(*layer.sides, k), right)
+            matrix = left @ (part.reshape(k, *layer.sides) @ right.T)
             widths = [self._sizes[number] // layer.sides[0] for number in layer.numbers]
-            for number, piece in zip(layer.numbers, matrix.split(widths, 1)):
-                rows[number] = piece.flatten(0, 1)
+            for number, piece in zip(layer.numbers, matrix.split(widths, 2)):
+                rows[number] = piece.flatten(1)
         widths = [self._sizes[number] for number in self._others]
-        rows |= dict(zip(self._others, others.split(widths) if widths else ()))
-        return torch.cat([rows[number] for number in self._sizes])
+        rows |= dict(zip(self._others, others.split(widths, 1) if widths else ()))
+        return torch.cat([rows[number] for number in self._sizes], 1).T.contiguous()
 
     def of_diagonal(self, diagonal: Tensor) -> Tensor | None:
         """Qᵀ diag(d) Q ``(p,)`` where that is diagonal, d being constant on each layer."""
@@ -509,7 +509,8 @@ class EKFAC(InEigenbasis):
         Returns
         -------
         Solution
-            ``x`` of the shape of `b`, and the report, which says that A is EK-FAC's.
+            ``x`` of the shape of `b`, and the report, which says that A is EK-FAC's; residuals are
+            measured in the eigenbasis.
 
         Raises
         ------
@@ -524,16 +525,23 @@ class EKFAC(InEigenbasis):
             A + λI is singular; x is then the solution of least norm.
         """
         not_negative("damping", damping)
-        if not dense("b", b).isfinite().all():
+        self._seen.require(self.stage, "EKFAC")
+        size, single = self.shape[0], dense("b", b).dim() == 1
+        check_vector("b", b, size, self.dtype, self.device, dim=1 if single else 2)
+        if not b.isfinite().all():
             raise ValueError("the right-hand side is not finite")
+        columns = (b if b.dim() == 2 else b[:, None]).to(self.eigenvalues)
         values = self.eigenvalues + damping
         zero = values <= len(values) * torch.finfo(values.dtype).eps * values.max()
-        inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))
-        x = self.function(lambda _: inverse) @ b
-        residual = b - (self @ x + damping * x)
-        columns = [one if one.dim() == 2 else one[:, None] for one in (x, b, residual)]
-        report = self._report(damping, int(zero.sum()), *columns)
-        if report.residual > 1 - torch.finfo(values.dtype).eps ** 0.5:
+        inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))[:, None]
+        right = self._basis.coordinates(columns)
+        found = inverse * right
+        x = self._basis.columns(found).to(self.dtype)
+        left = (right - values[:, None] * found).norm(dim=0, dtype=torch.float64)
+        lengths = right.norm(dim=0, dtype=torch.float64)
+        relative = left / torch.where(lengths > 0, lengths, 1)
+        report = self._report(damping, int(zero.sum()), relative.nan_to_num(torch.inf))
+        if not x.isfinite().all() or report.residual > 1 - torch.finfo(values.dtype).eps ** 0.5:
             raise FailedSolve(
                 f"EK-FAC: the solve of {report.system} failed: it overflowed, or the right-hand "
                 "side is in what it takes for zero. Raise the damping or the weight decay",
@@ -541,7 +549,7 @@ class EKFAC(InEigenbasis):
             )
         if not report.converged:
             warn_caller(f"EK-FAC: {report.message}", SolverWarning)
-        return Solution(x, report)
+        return Solution(x if b.dim() == 2 else x[:, 0], report)
 
     def functions(
         self, b: Tensor, functions: Sequence[Callable[[Tensor], Tensor]], system: str
@@ -560,11 +568,7 @@ class EKFAC(InEigenbasis):
         self._seen.require(self.stage, "EKFAC")
         return [self.function(f) @ b for f in functions], report
 
-    def _report(
-        self, damping: float, zero: int, x: Tensor, b: Tensor, residual: Tensor
-    ) -> SolveReport:
-        lengths = b.norm(dim=0, dtype=torch.float64)
-        relative = residual.norm(dim=0, dtype=torch.float64) / torch.where(lengths > 0, lengths, 1)
+    def _report(self, damping: float, zero: int, residuals: Tensor) -> SolveReport:
         system = f"(A + {damping:g} I) x = b" if damping else "A x = b"
         return SolveReport(
             solver="EK-FAC",
@@ -572,7 +576,7 @@ class EKFAC(InEigenbasis):
             damping=damping,
             iterations=0,
             products=0,
-            residuals=tuple(relative.nan_to_num(torch.inf).tolist()),
+            residuals=tuple(residuals.tolist()),
             history=(),
             converged=not zero,
             lowest_eigenvalue=float(self.eigenvalues.min()),

@@ -436,7 +436,7 @@ def test_what_cannot_be_solved_is_refused():
     b = draw(43)
     with pytest.raises(ValueError, match="damping"):
         ekfac.solve(b, -1.0)
-    with pytest.raises(ValueError, match="cannot be applied"):
+    with pytest.raises(ValueError, match="b must be of shape"):
         ekfac.solve(b[:-1])
     with pytest.raises(ValueError, match="the right-hand side is not finite"):
         ekfac.solve(b * torch.nan)
