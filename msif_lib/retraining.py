@@ -529,7 +529,9 @@ def with_weights(
     The scores of the chain that results are derivatives *there*. So ``with_weights(chain,
     1 - share)`` is the chain at the centre of the subsets that leave out this share of the
     examples, and with a 0/1 mask it is a subset run. The mean of the scores of k subset runs is
-    another centre: β_i below but for derivatives in w_i alone, and for the chance of k draws.
+    another centre: β_i below but for derivatives in w_i alone, and for the chance of k draws. Of a
+    training by Adam take for each example the runs that keep it: where left-out examples alone
+    move a coordinate its gradients are 0, and derivatives at weight 0 are of size 1/ε.
 
     Let each of the N examples be left out independently with probability α, so that w_i is 0 or 1
     with mean w̄ = 1 − α, and let g and Q be gradient and Hessian of q in w. The coefficient of w_i

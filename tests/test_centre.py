@@ -295,3 +295,28 @@ def test_a_training_that_falls_short_says_so():
         pytest.warns(StationarityWarning, match="Optimum assumes zero"),
     ):
         with_weights(chain, 0.5, settings=RetrainingSettings(max_evaluations=1), **QUIET)
+
+
+def test_adam_has_no_useful_derivative_at_weight_zero():
+    """Where one example alone moves a coordinate, Adam divides its gradient by its own size.
+
+    At weight 0 that is ε: the derivative is right, of size 1/ε, and tells nothing of the way to 1.
+    """
+    inputs, classes = examples(12, 3, 0)
+    inputs[:, 4] = 0
+    inputs[0, 4] = 1
+    values = {}
+    for optimiser in (AdamW(lr=0.02), SGD(lr=0.2, momentum=0.8)):
+        stage = Stage(*parts(3, F64), cross_entropy, (inputs, classes))
+        chain = Chain([Unrolled(stage, descend(stage, optimiser, 3, 5, 0, **QUIET))], **QUIET)
+        mask = torch.ones(12, dtype=F64)
+        mask[0] = 0
+        without = with_weights(chain, mask, **QUIET)
+        test = examples(5, 3, 2)
+        values[type(optimiser)] = [
+            float(one.scores(test)[0].values[0].abs()) for one in (chain, without)
+        ]
+    at_one, at_zero = values[AdamW]
+    assert at_zero > 1e3 * at_one > 0
+    at_one, at_zero = values[SGD]
+    assert at_zero < 10 * at_one

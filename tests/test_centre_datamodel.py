@@ -189,11 +189,13 @@ def test_means_over_subset_runs_leave_an_examples_own_derivatives_alone(share):
     q_ii, c_iii = second.diagonal(), third.diagonal(dim1=1, dim2=2).diagonal()
     mean = shares @ slopes
     assert relative_error(mean + (2 * share - 1) / 2 * q_ii + (1 / 6 - v) * c_iii, found) < 1e-12
+    # Of the runs that keep an example alone, where those that do not have no use (Adam).
+    kept = (shares[:, None] * slopes * ALL).sum(0) / (1 - share)
+    assert relative_error(kept - q_ii / 2 + (1 / 3 - share) / 2 * c_iii, found) < 1e-12
     # Runs that keep an example and runs that do not count as much: the rule of trapezoids.
-    halves = (shares[:, None] * slopes * ALL).sum(0) / (1 - share)
-    halves = (halves + (shares[:, None] * slopes * (1 - ALL)).sum(0) / share) / 2
+    halves = (kept + (shares[:, None] * slopes * (1 - ALL)).sum(0) / share) / 2
     assert relative_error(halves - c_iii / 12, found) < 1e-12
-    for other in (mean, halves, halves + c_iii / 12, grad(q)(at)):
+    for other in (mean, kept, halves, halves + c_iii / 12, grad(q)(at)):
         assert relative_error(other, found) > 1e-2
 
 
