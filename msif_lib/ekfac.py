@@ -156,6 +156,8 @@ class _Factors:
                 "EK-FAC: the model must return one tensor with the examples as first dimension, "
                 f'not {type(outputs).__name__}; wrap it, or take curvature="hessian"'
             )
+        if not outputs.requires_grad:  # nothing depends on the block
+            return []
         keys = list(maps.uses)
         met = [number for key in keys for number in key if number is not None]
         maps.otherwise.update(number for number in met if met.count(number) > 1)
@@ -212,6 +214,13 @@ class _Factors:
         except ValueError as error:
             raise ValueError(
                 f'EK-FAC: {error}; take curvature="gauss-newton", which needs no such limit'
+            ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what vmap says of a loss for which it has no rule
+            raise ValueError(
+                "EK-FAC: the loss's curvature cannot be taken by torch.func, an example at a "
+                f'time ({error!s:.120}); take curvature="gauss-newton"'
             ) from error
         return modes_of(curvature.to(self.dtype)).to(outputs)
 
@@ -312,14 +321,15 @@ class Eigenbasis:
 
     def _matrices(self, columns: Tensor) -> tuple[list[Tensor], Tensor]:
         """Of each layer its rows as ``(k, o, i)``, and the rows ``(k, p)`` of other parameters."""
-        rows = dict(zip(self._sizes, columns.T.split([*self._sizes.values()], 1)))
+        across = columns.T.contiguous()
+        rows = dict(zip(self._sizes, across.split([*self._sizes.values()], 1)))
         k = columns.shape[1]
         matrices = [
             torch.cat([rows[number].reshape(k, layer.sides[0], -1) for number in layer.numbers], 2)
             for layer in self._layers
         ]
         others = [rows[number] for number in self._others]
-        return matrices, torch.cat(others, 1) if others else columns.T[:, :0]
+        return matrices, torch.cat(others, 1) if others else across[:, :0]
 
     def coordinates(self, columns: Tensor) -> Tensor:
         """Qᵀ x for columns ``(p, k)``."""

@@ -365,6 +365,18 @@ def test_layers_with_too_many_inputs_have_their_diagonal(monkeypatch):
     check(ekfac.dense()[25:, 25:], torch.diag(exact.diagonal()[25:]), 1e-10)
 
 
+def test_of_what_nothing_depends_on_weight_decay_is_left():
+    class Unused(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.more = nn.Linear(2, 2)
+
+    stage = Stage.of(
+        randomised(Unused()), cross_entropy, (draw(9, 4), classes(9, 3)), l2=0.2, trained="more.*"
+    )
+    check(quietly(stage).dense(), 0.2 * torch.eye(6, dtype=F64), 1e-14)
+
+
 def test_single_precision_stays_single_and_near():
     stage = stage_of(CASES["mixed"])
     single = quietly(stage.to(torch.float32))
@@ -470,6 +482,12 @@ def test_what_it_does_not_know_is_refused_by_name():
 
     with pytest.raises(ValueError, match=r"must return one tensor .* not dict"):
         EKFAC(Stage.of(randomised(Named(4, 3)), of_named, data))
+
+    def looking(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * (1 if outputs.sum().item() < 1e9 else 2)
+
+    with pytest.raises(ValueError, match=r"the loss's curvature cannot be taken by torch\.func"):
+        EKFAC(Stage.of(model, looking, data))
 
     class Choosing(nn.Module):
         def __init__(self) -> None:
