@@ -12,7 +12,7 @@ embedding both cases are one.
 A damping is given by its size beside the largest eigenvalue of the matrix to which it is added, one
 factor for both solves. Where one is chosen, it is from :data:`FACTORS`, by the datamodeling score
 at a share of 0.05 on the seeds of choices 100 and 101, averaged over the settings of :data:`ON`.
-With exact Hessians 0.1 and 1 were tried on most of these and the others on one, where they lay
+With exact Hessians 0.1 and 1 were tried on half of these and the others on one, where they lay
 far behind: little damping of an indefinite matrix is worse than none.
 """
 
