@@ -8,7 +8,6 @@ the steps of one model and keeps what it takes to walk them back.
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -448,8 +447,8 @@ def _preconditioner(
 
 
 def _hessian(link: Solved) -> Hessian | AddDiagonal:
-    # Of a copy: an operator holds graphs once it is used, and a job is sent none.
-    operator = copy.copy(link).operator
+    # Of another link: an operator holds graphs once it is used, and a job is sent none.
+    operator = replace(link, curvature="hessian", preconditioner="gauss-newton").operator
     assert isinstance(operator, Hessian | AddDiagonal)
     return operator
 

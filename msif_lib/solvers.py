@@ -385,7 +385,7 @@ def _with_estimate(report: SolveReport, found: AutomaticDamping) -> SolveReport:
 
 def _too_little(report: SolveReport, found: AutomaticDamping) -> str:
     return (
-        f"The damping {report.damping:.2g} is less than the lowest eigenvalue is below zero, about "
+        f"The damping {report.damping:.2g} is too little for the lowest eigenvalue, about "
         f"{found.lowest_eigenvalue:.2g}: directions keep the wrong sign, and those that it brings "
         f'near zero outweigh all others; damping="auto" takes {found.damping:.2g}'
     )

@@ -109,7 +109,7 @@ def read(name: str, seed: int, folder: Path = BANK) -> Truth:
         raise FileNotFoundError(
             f"{path} is not there; python -m benchmarks.two_stage train {name} makes it"
         )
-    with np.load(path, allow_pickle=False) as kept:
+    with np.load(path) as kept:
         about = json.loads(str(kept["about"]))
         bits = np.unpackbits(kept["left_out"], axis=2, count=about["pretraining examples"])
         return Truth(

@@ -153,7 +153,7 @@ def from_file(path: Path) -> tuple[dict[tuple[str, int], Tensor], bool]:
         No array is of a setting; an array of another shape, or with values that are not finite.
     """
     found: dict[tuple[str, int], Tensor] = {}
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(path) as arrays:
         for key in arrays.files:
             name, _, seed = key.rpartition("-")
             if name in SETTINGS and seed.isdigit():
