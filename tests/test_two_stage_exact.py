@@ -349,7 +349,7 @@ def test_variants_of_one_training_go_equally_far():
     assert len({(what, to) for what, to, _ in known}) == len(known)
     for what, _, setting in known:
         if what in ("batch", "rate"):
-            assert far(setting) == pytest.approx(far(SETTINGS["digits-sgd"]), rel=0.1)
+            assert far(setting) == pytest.approx(far(SETTINGS["digits-sgd"]), rel=1e-9)
 
 
 def test_a_sweep_reports_accuracy_beside_smoothness(monkeypatch):

@@ -12,16 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.two_stage.methods import register
+from benchmarks.two_stage.methods import at_optimum, by_steps, register
 from benchmarks.two_stage.settings import Problem
 from benchmarks.two_stage.walks import InSegments, passing, scores, walk, without_hessian
 from msif_lib.links import Optimum, Stopped
 from msif_lib.retraining import with_weights
 from msif_lib.solvers import MinRes
 
-# Relative change at which Lanczos stops. The scores then differ by about 1e-3 from converged ones.
-_TOL = 1e-2
-_DAMPING = 0.01
+# Relative change at which Lanczos stops. Scores then differ from converged ones by less than 1 %,
+# and datamodeling scores by about .001.
+_TOL = 2e-2
+_DAMPING: float | Literal["auto"] = "auto"
 _SEGMENTS = 3
 _MEAN = True
 _RUNS = 4
@@ -35,13 +36,13 @@ def _of_chain(of: Problem, weights: float | Tensor | None = None) -> Tensor:
     return chain.scores(of.data.functionals, per_test=True)[0].values / of.size
 
 
-@register("unrolled → unrolled", only="descent")
+@register("unrolled → unrolled", only=by_steps)
 def unrolled(of: Problem) -> Tensor:
     """The exact derivative, back through every step of both trainings."""
     return _of_chain(of)
 
 
-@register("optimum → proximal", only="optimum")
+@register("optimum → proximal", only=at_optimum)
 def optimum_proximal(of: Problem) -> Tensor:
     """The exact derivative where both trainings end at an optimum: the paper's case 2."""
     return _of_chain(of)
@@ -67,23 +68,24 @@ def mean_of_runs(of: Problem, share: float, runs: int) -> Tensor:
     return total / runs
 
 
-@register("mean over subset runs", by_share=True, shares=(0.2, 0.5))
+@register("mean over subset runs", effort=1, by_share=True, shares=(0.2, 0.5))
 def over_runs(of: Problem, share: float) -> Tensor:
     """A centre for optimisers that hardly see a common factor of all weights, as Adam's.
 
-    For large shares: at small ones the runs hardly differ.
+    For large shares: at small ones the runs hardly differ. From k = 2, 4, 8 by the score at 50 %,
+    on digits-sgd alone: .82, .85, .88 on average; 4, as 8 take more than a minute on MNIST.
     """
     return mean_of_runs(of, share, _RUNS)
 
 
-@register("stopped → unrolled", only="descent")
+@register("stopped → unrolled", effort=1, only=by_steps)
 def stopped_unrolled(of: Problem) -> Tensor:
     """The pretraining path not kept: gradient flow at its end, for as long as it took."""
     return scores(of, stopped(of, 0))
 
 
-@register("stopped → stopped", only="descent")
-def stoppedstopped(of: Problem) -> Tensor:
+@register("stopped → stopped", effort=2, only=by_steps)
+def stopped_stopped(of: Problem) -> Tensor:
     """No path kept: SOURCE with one segment, by exact Hessians (Bae et al. 2024)."""
     return scores(of, stopped(of, 0), stopped(of, 1))
 
@@ -104,15 +106,23 @@ def in_segments(of: Problem, count: int, mean: bool, both: bool) -> Tensor:
     return scores(of, *links)
 
 
-@register("in segments → in segments", only="descent")
+@register("in segments → in segments", effort=2, only=by_steps)
 def segments_segments(of: Problem) -> Tensor:
-    """SOURCE (Bae et al. 2024), with exact Hessians where they have EK-FAC."""
+    """SOURCE (Bae et al. 2024), with exact Hessians where they have EK-FAC.
+
+    They average curvature and gradients over checkpoints of a segment, here both are taken at the
+    mean of its states. From 1, 3, 6 segments, each at its mean or its end: at means
+    .476, .562, .560, at ends .300, .425, .500; 3 at means. (Eight functionals, of MNIST seed 100.)
+    """
     return in_segments(of, _SEGMENTS, _MEAN, True)
 
 
-@register("in segments → unrolled", only="descent")
+@register("in segments → unrolled", effort=2, only=by_steps)
 def segments_unrolled(of: Problem) -> Tensor:
-    """SOURCE for pretraining, of which some states are kept; the exact adjoint of finetuning."""
+    """SOURCE for pretraining, of which some states are kept; the exact adjoint of finetuning.
+
+    Segments as in ``in segments → in segments``.
+    """
     return in_segments(of, _SEGMENTS, _MEAN, False)
 
 
@@ -122,13 +132,21 @@ def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
     return scores(of, Optimum(of.pretrain, solver))
 
 
-@register("optimum → unrolled", only="descent")
+@register("optimum → unrolled", effort=1, only=by_steps)
 def optimum_unrolled(of: Problem) -> Tensor:
-    """Pretraining taken for one that ended at its optimum, H + λI at its end."""
+    """Pretraining taken for one that ended at its optimum: (H + λI)⁻¹ at its end.
+
+    From λ = 0.01, 0.1, 1 and "auto", twice the size of the lowest eigenvalue: .005, .456, .562, .681.
+    (Eight functionals, of MNIST seed 100.)
+    """
     return optimum(of)
 
 
-@register("HYDRA", only="descent")
+@register("HYDRA", only=by_steps)
 def hydra(of: Problem) -> Tensor:
-    """The recursion through the steps without Hessians (Chen et al. 2021), in both trainings."""
+    """The recursion through the steps without Hessians (Chen et al. 2021), in both trainings.
+
+    Momentum, weight decay and, of AdamW, the derivatives of both moments are kept. Through
+    finetuning λ goes back by the optimiser's adjoint alone.
+    """
     return walk(of, without_hessian, passing)

@@ -158,7 +158,7 @@ def variants() -> Iterator[tuple[str, str, Setting]]:
         embedding = partial(perceptron, 64, width, width // 2)
         return dataclasses.replace(base, recipes=(first, second), embedding=embedding)
 
-    for parts in (16, 8, 4, 1):
+    for parts in (8, 4, 1):
         yield "batch", "all" if parts == 1 else f"1/{parts} of all", changed(parts=parts)
     for rate in (0.025, 0.05, 0.1, 0.2):
         yield "rate", f"{rate:g}", changed(rate=rate)
@@ -189,7 +189,7 @@ def _of(
 
 
 def sweep(
-    seeds: Sequence[int] = (0, 1, 2), shares: Sequence[float] = (0.05, 0.5), directions: int = 4
+    seeds: Sequence[int] = (0, 1, 2), shares: Sequence[float] = (0.05, 0.5), directions: int = 8
 ) -> list[dict[str, Any]]:
     """What makes training smoother: a row a variant, means over seeds.
 

@@ -287,7 +287,7 @@ class InSegments(Link):
     stage, path
         The stage and its training.
     count
-        Segments, at most as many as the path kept states.
+        Segments; fewer where the path kept fewer states.
     mean
         Whether derivatives are taken at the mean of a segment's states, or at its end.
     tol
@@ -328,7 +328,8 @@ class InSegments(Link):
     def _segments(self) -> list[_Segment]:
         """Parts of nearly equal length, between states that the path has kept."""
         path, kept = self.path, sorted(self.path.states)
-        bounds = [kept[round(n * (len(kept) - 1) / self.count)] for n in range(self.count + 1)]
+        count = min(self.count, len(kept) - 1)
+        bounds = [kept[round(n * (len(kept) - 1) / count)] for n in range(count + 1)]
         found = []
         for begin, end in itertools.pairwise(bounds):
             within = torch.stack([path.states[n].x for n in kept if begin <= n <= end])
