@@ -208,7 +208,8 @@ def test_every_solver_solves_with_the_number_and_reports_it(solver):
 def test_a_fixed_damping_below_the_lowest_eigenvalue_is_named(solver):
     matrix, b = like_a_hessian(-0.3), right_hand_sides(400, 1)
     below = replace(solver, damping=0.2)
-    with pytest.warns(SolverWarning, match=r"The damping 0\.2 is too little for .*-0\.3[0-9]*: ") as met:
+    said = r"The damping 0\.2 is too little for .*-0\.3[0-9]*: "
+    with pytest.warns(SolverWarning, match=said) as met:
         report = below.solve(matrix, b).report
     assert f'damping="auto" takes {automatic_damping(matrix).damping:.2g}' in str(met[0].message)
     assert -0.33 <= report.lowest_eigenvalue <= -0.28 and report.damping == 0.2
