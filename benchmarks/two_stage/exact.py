@@ -136,8 +136,8 @@ def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
 def optimum_unrolled(of: Problem) -> Tensor:
     """Pretraining taken for one that ended at its optimum: (H + λI)⁻¹ at its end.
 
-    From λ = 0.01, 0.1, 1 and "auto", twice the size of the lowest eigenvalue: .005, .456, .562, .681.
-    (Eight functionals, of MNIST seed 100.)
+    From λ = 0.01, 0.1, 1 and "auto", twice the size of the lowest eigenvalue: .005, .456, .562,
+    .681. (Eight functionals, of MNIST seed 100.)
     """
     return optimum(of)
 
