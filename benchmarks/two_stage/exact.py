@@ -73,7 +73,8 @@ def over_runs(of: Problem, share: float) -> Tensor:
     """A centre for optimisers that hardly see a common factor of all weights, as Adam's.
 
     For large shares: at small ones the runs hardly differ. From k = 2, 4, 8 by the score at 50 %,
-    on digits-sgd alone: .82, .85, .88 on average; 4, as 8 take more than a minute on MNIST.
+    on digits-sgd alone: .82, .85, .88. Not by the score alone but by cost: 8 would take about a
+    minute on MNIST, so that it is 4.
     """
     return mean_of_runs(of, share, _RUNS)
 
