@@ -3,6 +3,7 @@
     list                    settings and methods
     train SETTING ...       make the bank of settings, by retraining; goes on where it stopped
     judge SETTING ...       judge every registered method; writes results/two_stage/SETTING.json
+    smoothness              what makes training smoother; writes results/two_stage/smoothness.json
     score FILE [SETTING ..] judge scores in FILE.npz, or the methods that FILE.py registers
 
 ``score FILE.npz`` trains nothing: the file holds, under the name ``<setting>-<seed>``, an array
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
+    commands.add_parser("smoothness")
     for name in ("train", "judge", "score"):
         command = commands.add_parser(name)
         if name == "score":
@@ -46,6 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
             done = len(bank.seeds_of(setting.name))
             print(f"{setting.name:16} {done} of {setting.seeds} seeds  {setting.says}")
         print(*METHODS, sep="\n")
+        return
+    if options.command == "smoothness":
+        print(judge.write_smoothness())
         return
     chosen = options.settings or list(SETTINGS)
     if options.command == "train":

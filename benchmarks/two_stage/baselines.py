@@ -9,7 +9,6 @@ an example like the functional helps, and more weight of it lowers the loss.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.two_stage.bank import Truth
 from benchmarks.two_stage.implicit import along, functionals, on_embedding
-from benchmarks.two_stage.methods import METHODS, Method, register
+from benchmarks.two_stage.methods import by_steps, of_words, register
 from benchmarks.two_stage.settings import Problem
 from msif_lib.study.texts import bm25
 
@@ -57,7 +56,7 @@ def gradient_cosine(of: Problem) -> Tensor:
     return -along(of, on_embedding(of, tested)) / lengths.clamp_min(1e-300)[:, None]
 
 
-@register("TracIn", scaled=False, only="descent")
+@register("TracIn", scaled=False, only=by_steps)
 def tracin(of: Problem) -> Tensor:
     """TracInCP (Pruthi et al. 2020): −Σ_c η_c ∇_W ℓ_i(x_c)ᵀ ∇_W q over states of pretraining.
 
@@ -149,15 +148,7 @@ def random(of: Problem) -> Tensor:
     return torch.randn(of.size, of.functionals, generator=generator, dtype=torch.float64)
 
 
-@dataclass(frozen=True)
-class _OfWords(Method):
-    """A method for texts."""
-
-    def fits(self, problem: Problem, share: float) -> bool:
-        """Whether the inputs are words."""
-        return super().fits(problem, share) and isinstance(problem.data.pretrain[0], tuple)
-
-
+@register("BM25", scaled=False, only=of_words)
 def word_overlap(of: Problem) -> Tensor:
     """Minus BM25 of functionals' words in pretraining sentences (Robertson & Zaragoza 2009)."""
 
@@ -165,9 +156,6 @@ def word_overlap(of: Problem) -> Tensor:
         return [[str(word) for word in row if word >= _FIRST_WORD] for row in inputs.tolist()]
 
     return -bm25(words(of.data.functionals[0][0]), words(of.data.pretrain[0][0]))
-
-
-METHODS["BM25"] = _OfWords("BM25", word_overlap, scaled=False)
 
 
 # --- other trainings -----------------------------------------------------------------------------

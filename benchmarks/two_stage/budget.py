@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.two_stage.exact import optimum, stopped
-from benchmarks.two_stage.methods import register
+from benchmarks.two_stage.methods import by_steps, register
 from benchmarks.two_stage.settings import Problem
 from benchmarks.two_stage.walks import (
     Change,
@@ -68,18 +68,18 @@ for _number, _name in enumerate(("pretraining", "finetuning")):
     for _says, _factor in FACTORS.items():
         # The gradients of finetuning's examples are in none of these scores.
         if not (_number and _says.startswith("examples")):
-            register(f"{_name}: {_says}", only="descent", group="budget")(
+            register(f"{_name}: {_says}", only=by_steps, effort=2, group="budget")(
                 partial(exchanged, factor=_factor, number=_number)
             )
 
 
-@register("both trainings: Hessians left out", only="descent", group="budget")
+@register("both trainings: Hessians left out", only=by_steps, effort=2, group="budget")
 def hessians_left_out(of: Problem) -> Tensor:
     """HYDRA, as a step of the budget."""
     return walk(of, without_hessian, without_hessian)
 
 
-@register("both trainings: Gauss–Newton in each step", only="descent", group="budget")
+@register("both trainings: Gauss–Newton in each step", only=by_steps, effort=2, group="budget")
 def gauss_newton_in_both(of: Problem) -> Tensor:
     """Gauss-Newton in the place of each batch's Hessian."""
     return walk(of, gauss_newton, gauss_newton)
@@ -102,7 +102,7 @@ def with_damping(of: Problem, share: float) -> Tensor:
 
 
 for _share in DAMPINGS:
-    register(f"both trainings: damping of {_share:g} σ₁", only="descent", group="budget")(
+    register(f"both trainings: damping of {_share:g} σ₁", only=by_steps, effort=2, group="budget")(
         partial(with_damping, share=_share)
     )
 
@@ -123,48 +123,51 @@ class HeldScale(AdamW):
         return (1 - self.betas[0]) * moment, State(shrunk, buffers, state.step)
 
 
-@register("both trainings: Adam's scale taken for constant", only="descent", group="budget")
+def _by_adam(of: Problem) -> bool:
+    return by_steps(of) and isinstance(of.setting.recipes[0].optimiser, AdamW)
+
+
+@register(
+    "both trainings: Adam's scale taken for constant", only=_by_adam, effort=2, group="budget"
+)
 def scale_held(of: Problem) -> Tensor:
-    """No derivative of Adam's second moment. SGD has none: there this is the exact row."""
+    """No derivative of Adam's second moment."""
     return scores(of, *(_held(link) for link in of.chain.links))
 
 
 def _held(link: Unrolled) -> Unrolled:
-    optimiser = link.path.optimiser
-    if not isinstance(optimiser, AdamW):
-        return link
-    known = {one.name: getattr(optimiser, one.name) for one in fields(AdamW)}
+    known = {one.name: getattr(link.path.optimiser, one.name) for one in fields(AdamW)}
     return Unrolled(link.stage, replace(link.path, optimiser=HeldScale(**known)))
 
 
 # --- whole trainings -----------------------------------------------------------------------------
 
 
-@register("pretraining: gradient flow at its end", only="descent", group="budget")
+@register("pretraining: gradient flow at its end", only=by_steps, effort=2, group="budget")
 def pretraining_stopped(of: Problem) -> Tensor:
     """``stopped → unrolled``, as a step of the budget."""
     return scores(of, stopped(of, 0))
 
 
-@register("pretraining: at an optimum", only="descent", group="budget")
+@register("pretraining: at an optimum", only=by_steps, effort=2, group="budget")
 def pretraining_optimum(of: Problem) -> Tensor:
     """``optimum → unrolled``, as a step of the budget."""
     return optimum(of)
 
 
-@register("finetuning: gradient flow at its end", only="descent", group="budget")
+@register("finetuning: gradient flow at its end", only=by_steps, effort=2, group="budget")
 def finetuning_stopped(of: Problem) -> Tensor:
     """The finetuning path not kept."""
     return scores(of, None, stopped(of, 1))
 
 
-@register("finetuning: at an optimum, embedding fixed", only="descent", group="budget")
+@register("finetuning: at an optimum, embedding fixed", only=by_steps, effort=2, group="budget")
 def finetuning_frozen(of: Problem) -> Tensor:
     """Case 1 of the paper in the place of the finetuning path."""
     return scores(of, None, Frozen(of.finetune, _solver()))
 
 
-@register("finetuning: at an optimum, proximal", only="descent", group="budget")
+@register("finetuning: at an optimum, proximal", only=by_steps, effort=2, group="budget")
 def finetuning_proximal(of: Problem) -> Tensor:
     """Case 2 of the paper with α = 1/(2τ), which pulls as a flow of length τ does.
 
@@ -180,7 +183,7 @@ def _solver() -> MinRes:
     return MinRes(tol=1e-3, damping="auto", max_iterations=500)
 
 
-@register("single precision", only="descent", group="budget")
+@register("single precision", only=by_steps, effort=2, group="budget")
 def in_single_precision(of: Problem) -> Tensor:
     """Steps and walks in float32, along the same states."""
     links = [Unrolled(link.stage.to(torch.float32), _single(link.path)) for link in of.chain.links]

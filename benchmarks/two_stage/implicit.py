@@ -28,7 +28,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from benchmarks.two_stage.bank import Truth
-from benchmarks.two_stage.methods import METHODS, Method, register
+from benchmarks.two_stage.methods import of_classes, register
 from benchmarks.two_stage.settings import Problem
 from msif_lib.curvature import CrossHessian, Hessian
 from msif_lib.ekfac import EKFAC
@@ -145,72 +145,55 @@ _FIXED = {1: 0.1, 2: 0.1}
 _GAUSS_NEWTON = {1: 0.01, 2: 0.1}
 
 
-@register("case 1, no damping")
+@register("case 1, no damping", effort=1)
 def case_1(of: Problem) -> Tensor:
     """The paper's case 1 with exact Hessians, by MINRES to 1e-3 or 60 iterations."""
     return case_scores(of, 1, none)
 
 
-@register("case 1, fixed damping")
+@register("case 1, fixed damping", effort=1)
 def case_1_fixed(of: Problem) -> Tensor:
     """The same, damped. Of :data:`FACTORS` 0.1 was chosen; 10 and 1 come near gradient products."""
     return case_scores(of, 1, fixed(_FIXED[1]))
 
 
-@register("case 1, automatic damping")
+@register("case 1, automatic damping", effort=1)
 def case_1_automatic(of: Problem) -> Tensor:
     """The same, each matrix damped by what makes it definite. Nothing to choose."""
     return case_scores(of, 1, automatic)
 
 
-@register("case 2, no damping")
+@register("case 2, no damping", effort=1)
 def case_2(of: Problem) -> Tensor:
     """The paper's case 2 with exact Hessians, by MINRES to 1e-3 or 60 iterations."""
     return case_scores(of, 2, none)
 
 
-@register("case 2, fixed damping")
+@register("case 2, fixed damping", effort=1)
 def case_2_fixed(of: Problem) -> Tensor:
     """The same, damped. Of :data:`FACTORS` 0.1 was chosen."""
     return case_scores(of, 2, fixed(_FIXED[2]))
 
 
-@register("case 2, automatic damping")
+@register("case 2, automatic damping", effort=1)
 def case_2_automatic(of: Problem) -> Tensor:
     """The same, each matrix damped by what makes it definite. Nothing to choose."""
     return case_scores(of, 2, automatic)
 
 
-@register("case 1, Gauss–Newton")
+@register("case 1, Gauss–Newton", effort=1)
 def case_1_gauss_newton(of: Problem) -> Tensor:
     """Case 1 with Gauss–Newton matrices. Of :data:`FACTORS` 0.01 was chosen."""
     return case_scores(of, 1, fixed(_GAUSS_NEWTON[1]), curvature="gauss-newton")
 
 
-@register("case 2, Gauss–Newton")
+@register("case 2, Gauss–Newton", effort=1)
 def case_2_gauss_newton(of: Problem) -> Tensor:
     """Case 2 with Gauss–Newton matrices. Of :data:`FACTORS` 0.1 was chosen."""
     return case_scores(of, 2, fixed(_GAUSS_NEWTON[2]), curvature="gauss-newton")
 
 
 # --- EK-FAC --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _ByLayers(Method):
-    """A method that EK-FAC allows: it takes at most 128 outputs of an example apart."""
-
-    def fits(self, problem: Problem, share: float) -> bool:
-        """Whether the pretraining labels are one class each."""
-        return super().fits(problem, share) and problem.data.pretrain[1].dim() == 1
-
-
-def _by_layers(name: str, **how: object) -> Callable[[Callable[[Problem], Tensor]], Callable]:
-    def added(function: Callable[[Problem], Tensor]) -> Callable[[Problem], Tensor]:
-        METHODS[name] = _ByLayers(name, function, **how)  # type: ignore[arg-type]
-        return function
-
-    return added
 
 
 _EKFAC, _EKFAC_CROSS = 0.01, 0.01
@@ -221,7 +204,7 @@ def ekfac_scores(of: Problem, factor: float) -> Tensor:
     return case_scores(of, 2, fixed(factor), curvature="ekfac")
 
 
-@_by_layers("EK-FAC in both stages")
+@register("EK-FAC in both stages", only=of_classes)
 def ekfac(of: Problem) -> Tensor:
     """Multi-stage influence as the code of Bao et al. (2025) states it, EK-FAC in both stages.
 
@@ -251,7 +234,7 @@ def ekfac_cross_scores(of: Problem, factor: float) -> Tensor:
     return through(of, first, last.pull_back(cotangent).handed)
 
 
-@_by_layers("EK-FAC, cross term kept")
+@register("EK-FAC, cross term kept", only=of_classes)
 def ekfac_cross(of: Problem) -> Tensor:
     """The same with the head's answer to the embedding. Of :data:`FACTORS` 0.01 was chosen.
 
@@ -262,7 +245,7 @@ def ekfac_cross(of: Problem) -> Tensor:
     return ekfac_cross_scores(of, _EKFAC_CROSS)
 
 
-@_by_layers("case 2, preconditioned by EK-FAC")
+@register("case 2, preconditioned by EK-FAC", only=of_classes, effort=2)
 def by_ekfac(of: Problem) -> Tensor:
     """Case 2 with automatic damping, exact, its solves preconditioned by EK-FAC: another cost.
 
@@ -310,7 +293,7 @@ def arnoldi_scores(of: Problem, pairs: int) -> Tensor:
     return through(of, first, last.pull_back(functionals(of)).handed)
 
 
-@register("Arnoldi")
+@register("Arnoldi", effort=1)
 def arnoldi(of: Problem) -> Tensor:
     """Case 2 by the leading eigenpairs of each matrix (Schioppa et al. 2021), undamped.
 
@@ -352,7 +335,7 @@ def group_changes(of: Problem, left_out: Tensor, damping: Damping, order: int = 
     return changes
 
 
-@register("second-order groups", of_subsets=True, shares=(0.2, 0.5))
+@register("second-order groups", effort=2, of_subsets=True, shares=(0.2, 0.5))
 def second_order_groups(of: Problem, share: float, left_out: Tensor, truth: Truth) -> Tensor:
     """Case 2 with second-order influence of groups (Basu, You & Feizi 2020) in pretraining.
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from benchmarks.two_stage import bank
 from benchmarks.two_stage.bank import OTHER_SHARES, Truth
-from benchmarks.two_stage.methods import Method, Predictions
+from benchmarks.two_stage.methods import Method, Predictions, by_steps
 from benchmarks.two_stage.settings import SETTINGS, SHARES, problem
+from benchmarks.two_stage.smoothness import metasmoothness, sweep
 from msif_lib.evaluation import Estimate, fidelity, reliability
 from msif_lib.study.records import write_record
 
 RESULTS = bank.BANK.parent
+# Subsets in whose direction smoothness is measured.
+_DIRECTIONS = 8
 #: Makes of a truth the predicted changes ``(100, T)`` at a share, or None where it has none.
 Predict = Callable[[int, Truth, float], Tensor | None]
 
@@ -108,7 +111,13 @@ def ceilings(truths: Mapping[int, Truth]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(name: str, methods: Sequence[Method], extra: Callable[..., Any] | None = None) -> Path:
+def _smoothness(name: str, seed: int, share: float) -> dict[str, float] | None:
+    """How linear the trained models are in the weights; None where they are at an optimum."""
+    of = problem(name, seed)
+    return metasmoothness(of, share, _DIRECTIONS, seed)._asdict() if by_steps(of) else None
+
+
+def write(name: str, methods: Sequence[Method]) -> Path:
     """Judge all methods on a setting and write its record."""
     began = time.perf_counter()
     seeds = bank.seeds_of(name)
@@ -120,6 +129,10 @@ def write(name: str, methods: Sequence[Method], extra: Callable[..., Any] | None
         "says": setting.says,
         "rows": rows,
         "ceilings": ceilings(truths),
+        "metasmoothness": [
+            {"share": share, "seeds": [_smoothness(name, seed, share) for seed in seeds]}
+            for share in OTHER_SHARES
+        ],
         "accuracy": [one["accuracy"] for one in about],
         "parameters": about[0]["parameters"],
         "pretraining examples": about[0]["pretraining examples"],
@@ -135,6 +148,21 @@ def write(name: str, methods: Sequence[Method], extra: Callable[..., Any] | None
         dataset=setting.says,
         values=values,
         parameters={"shares": SHARES},
+        seeds=seeds,
+        wall_time=time.perf_counter() - began,
+    )
+    return path
+
+
+def write_smoothness(seeds: Sequence[int] = (0, 1, 2)) -> Path:
+    """Try what makes training smoother, and write the record."""
+    began, path = time.perf_counter(), RESULTS / "smoothness.json"
+    write_record(
+        path,
+        section="two_stage",
+        dataset="digits",
+        values={"rows": sweep(seeds, OTHER_SHARES, _DIRECTIONS)},
+        parameters={"directions": _DIRECTIONS, "shares": OTHER_SHARES},
         seeds=seeds,
         wall_time=time.perf_counter() - began,
     )

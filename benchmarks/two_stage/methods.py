@@ -42,8 +42,10 @@ class Method:
     shares
         Those that it is meant for; None: all.
     only
-        ``"descent"``: settings with recorded trainings; ``"optimum"``: those at an optimum; None:
-        all.
+        A condition that a problem must meet, :func:`by_steps` say; None: none.
+    effort
+        0: tens of trainings' time at most for all functionals; 1: more, where trainings are long;
+        2: hundreds. Not asked of settings with less patience.
     group
         ``"row"`` of the table, or ``"budget"`` for the error budget.
     """
@@ -54,13 +56,37 @@ class Method:
     by_share: bool = False
     of_subsets: bool = False
     shares: tuple[float, ...] | None = None
-    only: str | None = None
+    only: Callable[[Problem], bool] | None = None
+    effort: int = 0
     group: str = "row"
 
     def fits(self, problem: Problem, share: float) -> bool:
         """Whether it says something of this share of this problem."""
-        kind = "descent" if problem.setting.recipes else "optimum"
-        return self.only in (None, kind) and (self.shares is None or share in self.shares)
+        return (
+            self.effort <= problem.setting.patience
+            and (self.only is None or self.only(problem))
+            and (self.shares is None or share in self.shares)
+        )
+
+
+def by_steps(problem: Problem) -> bool:
+    """Whether the steps of both trainings are recorded."""
+    return problem.setting.recipes is not None
+
+
+def at_optimum(problem: Problem) -> bool:
+    """Whether both stages are at an optimum."""
+    return problem.setting.recipes is None
+
+
+def of_classes(problem: Problem) -> bool:
+    """Whether a pretraining example has one class, not a word at each place."""
+    return problem.data.pretrain[1].dim() == 1
+
+
+def of_words(problem: Problem) -> bool:
+    """Whether inputs are texts."""
+    return isinstance(problem.data.pretrain[0], tuple)
 
 
 #: Every method that was registered, in that order.

@@ -90,6 +90,8 @@ class Setting:
         R, of the mean over other seeds; 0: only trainings from the same seed are the truth.
     at_once
         Models that are retrained together, which changes speed alone.
+    patience
+        The effort of methods that it can bear; 2: every method.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Setting:
     l2: float = 0.0
     other_seeds: int = 0
     at_once: int = 32
+    patience: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,17 +294,17 @@ def _accuracy(stage: Stage, pair: tuple[Any, Tensor]) -> float:
     return float((found == labels)[counted].double().mean())
 
 
-def problem(name: str, seed: int) -> Problem:
-    """Train both stages of a setting.
+def problem(of: str | Setting, seed: int) -> Problem:
+    """Train both stages of a setting, given by its name or itself.
 
     Raises
     ------
     ValueError
         No setting is called so.
     """
-    if name not in SETTINGS:
-        raise ValueError(f"there is no setting {name!r}; there are {', '.join(SETTINGS)}")
-    setting = SETTINGS[name]
+    if isinstance(of, str) and of not in SETTINGS:
+        raise ValueError(f"there is no setting {of!r}; there are {', '.join(SETTINGS)}")
+    setting = SETTINGS[of] if isinstance(of, str) else of
     data = setting.data(int(seed >= CHOICE))
     with seeded(seed):
         embedding = setting.embedding().double()
@@ -324,9 +327,12 @@ def problem(name: str, seed: int) -> Problem:
 def _trained(setting: Setting, number: int, stage: Stage, seed: int) -> Any:
     """The link of a stage, which is trained in place."""
     if setting.recipes is None:
-        towards = {"towards": stage.split(stage.vector())[0], "alpha": setting.alpha}
-        train(stage, 1e-9, seed=seed, **(towards if number else {}))
-        return Proximal(stage, setting.alpha) if number else Optimum(stage)
+        if number == 0:
+            train(stage, 1e-9, seed=seed)
+            return Optimum(stage)
+        handed = stage.split(stage.vector())[0]
+        train(stage, 1e-9, seed=seed, towards=handed, alpha=setting.alpha)
+        return Proximal(stage, setting.alpha)
     optimiser, epochs, batch_size, _ = setting.recipes[number]
     return Unrolled(
         stage, descend(stage, optimiser, epochs, batch_size, 1000 * number + seed, progress=False)
@@ -365,6 +371,7 @@ SETTINGS = {
             partial(perceptron, 64, 32, 16),
             (Recipe(_SGD, 12, 150, 5e-3), Recipe(_SGD, 20, 150, 5e-3)),
             seeds=5,
+            patience=2,
             other_seeds=4,
         ),
         Setting(
@@ -374,6 +381,7 @@ SETTINGS = {
             partial(perceptron, 64, 32, 16),
             (Recipe(AdamW(3e-3), 12, 150, 0.0), Recipe(AdamW(3e-3), 20, 150, 0.0)),
             seeds=5,
+            patience=2,
         ),
         Setting(
             "digits-optimum",
@@ -382,6 +390,7 @@ SETTINGS = {
             partial(perceptron, 64, 32, 16),
             None,
             seeds=5,
+            patience=2,
             alpha=1e-2,
             l2=1e-2,
         ),
@@ -392,6 +401,7 @@ SETTINGS = {
             partial(perceptron, 196, 64, 32),
             (Recipe(_SGD, 12, 250, 5e-3), Recipe(_SGD, 20, 150, 5e-3)),
             seeds=5,
+            patience=1,
             other_seeds=4,
         ),
         Setting(
@@ -402,6 +412,7 @@ SETTINGS = {
             partial(perceptron, 196, 28, 16),
             (Recipe(_FAST, 10, 100, 1e-4), Recipe(_FAST, 13, 100, 1e-4)),
             seeds=5,
+            patience=1,
         ),
         Setting(
             "mnist-adamw",
@@ -410,6 +421,7 @@ SETTINGS = {
             partial(perceptron, 196, 64, 32),
             (Recipe(_adamw(1e-3), 15, 250, 0.0), Recipe(_adamw(2e-3), 20, 150, 0.0)),
             seeds=5,
+            patience=1,
         ),
         Setting(
             "mnist-cnn",

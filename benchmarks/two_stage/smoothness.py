@@ -1,8 +1,8 @@
 """How linear a trained model is in the weights of its pretraining examples, and what makes it so.
 
 No derivative says what leaving examples out does where the trained model is a rough function of
-their weights. Empirical metasmoothness (Engstrom et al. 2025, "Optimizing ML training with
-metagradient descent", definition 2) is known from three trainings. With A(w) the parameters after
+their weights. Empirical metasmoothness (after Engstrom et al. 2025, "Optimizing ML training
+with metagradient descent") is known from three trainings. With A(w) the parameters after
 training with weights w, a direction v and a step h,
 
     Δ₁ = A(w + hv) − A(w),   Δ₂ = A(w + 2hv) − A(w + hv),   d = |A(w + 2hv) − A(w)|,
@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -201,7 +200,7 @@ def sweep(
     """
     rows = []
     for what, to, setting in variants():
-        problems = [_problem(setting, seed) for seed in seeds]
+        problems = [problem(setting, seed) for seed in seeds]
         accuracy = sum(one.accuracy[1] for one in problems) / len(seeds)
         row: dict[str, Any] = {"changed": what, "to": to, "accuracy": accuracy}
         for share in shares:
@@ -210,8 +209,3 @@ def sweep(
             row[f"{share:g}"] = Smoothness(*means)._asdict()
         rows.append(row)
     return rows
-
-
-def _problem(setting: Setting, seed: int) -> Problem:
-    with mock.patch.dict(SETTINGS, {setting.name: setting}):
-        return problem(setting.name, seed)
