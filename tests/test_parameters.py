@@ -253,6 +253,7 @@ WRONG = [
     ("evaluation", {"top": 200}, "top = 200, train_size = 200, but 3 < top < train_size"),
     ("frontier", {"looked_at": [10, 5000]}, "but 1 <= looked_at[0] <= looked_at[-1] <= longest"),
     ("centre", {"sources": 20}, "sources = 20, but 2 <= sources <= 12 must hold"),
+    ("benchmark", {"removals": 101}, "removals = 101, but 3 <= removals <= 100 must hold"),
     ("own_model", {"width": 3}, "width = 3, but width >= 2 and width % 2 == 0 must hold"),
     ("own_model", {"test_size": 150}, "but finetune_size + test_size <= 181 must hold"),
     # What does not fit the data, in the words of those who draw it.
@@ -271,6 +272,7 @@ WRONG = [
     ("similarity", {"record": "numbers.txt"}, "record must name a file that ends in .json"),
     ("nlp", {"checkpoint": "/proc/none"}, "checkpoint: nothing can be written to /proc/none"),
     ("side_by_side", {"results": "../nowhere"}, "but folder(results).is_dir() must hold"),
+    ("budget", {"folder": "results/no"}, "folder = 'results/no', but (ROOT / folder).is_dir()"),
     ("scale", {"folder": "results/none"}, "folder = 'results/none', but (ROOT / folder).is_dir()"),
 ]
 
