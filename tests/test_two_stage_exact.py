@@ -206,7 +206,7 @@ def test_one_segment_at_its_end_is_the_stopped_link():
         flow = replace(Stopped.of(link.stage, link.path), tol=1e-10)
         truth = flow.pull_back(cotangent)
         derivatives = -torch.cat(list(link.stage.directional_derivatives(truth.u)))
-        found = InSegments(link.stage, link.path, 1, False, 1e-10).pull_back(cotangent)
+        found = InSegments(link.stage, link.path, 1, "end", 1e-10).pull_back(cotangent)
         assert relative_error(found.scores, derivatives) < 1e-7
         assert relative_error(found.handed, truth.handed) < 1e-7
 
@@ -220,11 +220,28 @@ def test_segments_of_a_quadratic_are_one():
     stage, path = of.finetune, of.chain.links[1].path
     cotangent = torch.randn(len(stage.vector()), 3, dtype=F64)
     handed = [
-        InSegments(stage, path, count, mean, 1e-10).pull_back(cotangent).handed
-        for count, mean in ((1, False), (3, False), (3, True))
+        InSegments(stage, path, count, at, 1e-10).pull_back(cotangent).handed
+        for count, at in ((1, "end"), (3, "end"), (3, "mean"), (2, "line"))
     ]
-    assert relative_error(handed[1], handed[0]) < 1e-8
-    assert relative_error(handed[2], handed[0]) < 1e-8
+    for other in handed[1:]:
+        assert relative_error(other, handed[0]) < 1e-8
+
+
+def test_on_a_line_are_only_the_two_ends_of_the_path():
+    of = problem("sgd")
+    link = of.chain.links[0]
+    cotangent = torch.randn(len(link.stage.vector()), 2, dtype=F64)
+    found = InSegments(link.stage, link.path, 1, "line", 1e-10).pull_back(cotangent)
+    middle = link.stage.to()
+    middle.load_vector((link.path.start + link.path.end) / 2)
+    truth = Stopped(middle, link.path.time, tol=1e-10).pull_back(cotangent)
+    derivatives = -torch.cat(list(middle.directional_derivatives(truth.u)))
+    assert relative_error(found.scores, derivatives) < 1e-7
+    known = {len(link.path): link.path.states[len(link.path)]}
+    forgotten = replace(link.path, states=known)
+    again = InSegments(link.stage, forgotten, 3, "line", 1e-10).pull_back(cotangent)
+    whole = InSegments(link.stage, link.path, 3, "line", 1e-10).pull_back(cotangent)
+    assert torch.equal(again.scores, whole.scores)
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -236,7 +253,7 @@ def test_segments_keep_what_finetuning_holds():
     link = of.chain.links[1]
     cotangent = torch.randn(len(link.stage.vector()), 2, dtype=F64)
     truth = replace(Stopped.of(link.stage, link.path), tol=1e-10).pull_back(cotangent)
-    found = InSegments(link.stage, link.path, 1, False, 1e-10).pull_back(cotangent)
+    found = InSegments(link.stage, link.path, 1, "end", 1e-10).pull_back(cotangent)
     assert relative_error(found.handed, truth.handed) < 1e-7
     assert found.handed.abs().min() > 0
 
@@ -280,7 +297,9 @@ def test_adam_s_scale_held_is_exact_where_it_hardly_moves():
     """With ε far above √v̂ the scale is ε, whatever the weights."""
     of = problem("wide")
     assert relative_error(budget.scale_held(of), exact.unrolled(of)) < 1e-5
-    assert torch.equal(budget.scale_held(problem("sgd")), scores(problem("sgd")))
+    name = "both trainings: Adam's scale taken for constant"
+    fitting = [kind for kind in ("sgd", "adamw", "wide") if METHODS[name].only(problem(kind))]
+    assert fitting == ["adamw", "wide"]  # of SGD it is the exact row, which says nothing
 
 
 def test_the_largest_eigenvalue():

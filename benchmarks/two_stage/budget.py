@@ -124,7 +124,8 @@ class HeldScale(AdamW):
 
 
 def _by_adam(of: Problem) -> bool:
-    return by_steps(of) and isinstance(of.setting.recipes[0].optimiser, AdamW)
+    link = of.chain.links[0]
+    return isinstance(link, Unrolled) and isinstance(link.path.optimiser, AdamW)
 
 
 @register(

@@ -24,7 +24,7 @@ from msif_lib.solvers import MinRes
 _TOL = 2e-2
 _DAMPING: float | Literal["auto"] = "auto"
 _SEGMENTS = 3
-_MEAN = True
+_AT: Literal["mean", "end", "line"] = "mean"
 _RUNS = 4
 
 
@@ -98,10 +98,10 @@ def stopped(of: Problem, number: int) -> Stopped:
     return Stopped(found.stage, found.time, "hessian", found.scale, found.decay, tol=_TOL)
 
 
-def in_segments(of: Problem, count: int, mean: bool, both: bool) -> Tensor:
+def in_segments(of: Problem, count: int, at: Literal["mean", "end", "line"], both: bool) -> Tensor:
     """One or both trainings in segments."""
     links = [
-        InSegments(link.stage, link.path, count, mean, _TOL)
+        InSegments(link.stage, link.path, count, at, _TOL)
         for link in (of.chain.links if both else of.chain.links[:1])
     ]
     return scores(of, *links)
@@ -115,7 +115,7 @@ def segments_segments(of: Problem) -> Tensor:
     mean of its states. From 1, 3, 6 segments, each at its mean or its end: at means
     .476, .562, .560, at ends .300, .425, .500; 3 at means. (Eight functionals, of MNIST seed 100.)
     """
-    return in_segments(of, _SEGMENTS, _MEAN, True)
+    return in_segments(of, _SEGMENTS, _AT, True)
 
 
 @register("in segments → unrolled", effort=2, only=by_steps)
@@ -124,7 +124,16 @@ def segments_unrolled(of: Problem) -> Tensor:
 
     Segments as in ``in segments → in segments``.
     """
-    return in_segments(of, _SEGMENTS, _MEAN, False)
+    return in_segments(of, _SEGMENTS, _AT, False)
+
+
+@register("on a straight line → unrolled", effort=1, only=by_steps)
+def line_unrolled(of: Problem) -> Tensor:
+    """No path of pretraining but its two ends: as many segments, on the line between them.
+
+    The number of segments is that of the rows above.
+    """
+    return in_segments(of, _SEGMENTS, "line", False)
 
 
 def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
@@ -137,8 +146,8 @@ def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
 def optimum_unrolled(of: Problem) -> Tensor:
     """Pretraining taken for one that ended at its optimum: (H + λI)⁻¹ at its end.
 
-    From λ = 0.01, 0.1, 1 and "auto", twice the size of the lowest eigenvalue: .005, .456, .562,
-    .681. (Eight functionals, of MNIST seed 100.)
+    From λ = 0.01, 0.1, 1 and "auto": .005, .456, .562, .681. (Eight functionals, of MNIST seed
+    100.)
     """
     return optimum(of)
 

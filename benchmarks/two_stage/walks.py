@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -288,8 +288,9 @@ class InSegments(Link):
         The stage and its training.
     count
         Segments; fewer where the path kept fewer states.
-    mean
-        Whether derivatives are taken at the mean of a segment's states, or at its end.
+    at
+        Where derivatives are taken: at the mean of a segment's states, at its end, or on the
+        straight line between the two ends of the path, of which nothing else is known then.
     tol
         Of Lanczos.
     """
@@ -297,7 +298,7 @@ class InSegments(Link):
     stage: Stage
     path: Path
     count: int
-    mean: bool
+    at: Literal["mean", "end", "line"]
     tol: float = 1e-6
 
     def pull_back(self, cotangent: Tensor, asked: Asked = _ALONE) -> PulledBack:
@@ -328,15 +329,27 @@ class InSegments(Link):
     def _segments(self) -> list[_Segment]:
         """Parts of nearly equal length, between states that the path has kept."""
         path, kept = self.path, sorted(self.path.states)
+        if self.at == "line":
+            return self._on_a_line()
         count = min(self.count, len(kept) - 1)
         bounds = [kept[round(n * (len(kept) - 1) / count)] for n in range(count + 1)]
         found = []
         for begin, end in itertools.pairwise(bounds):
             within = torch.stack([path.states[n].x for n in kept if begin <= n <= end])
-            x = within.mean(0) if self.mean else path.states[end].x
+            x = within.mean(0) if self.at == "mean" else path.states[end].x
             time = sum(path.learning_rates[begin:end]) * path.optimiser.slowness
             found.append(_Segment(x, time, path.optimiser.scaling(path.states[end])))
         return found
+
+    def _on_a_line(self) -> list[_Segment]:
+        """Equal parts of the time, each at the middle of its part of the line."""
+        path, take = self.path, self.stage.parameters.take
+        start, end = take(path.start, self.block), take(path.end, self.block)
+        scale, time = path.optimiser.scaling(path.states[len(path)]), path.time / self.count
+        return [
+            _Segment(start.lerp(end, (number + 0.5) / self.count), time, scale)
+            for number in range(self.count)
+        ]
 
 
 def _flow(tau: float) -> Sequence[Callable[[Tensor], Tensor]]:
