@@ -39,6 +39,14 @@ _QUALITY = (
     "The paper shows two pairs of images. The page on [misclassified images](misclassified.html) "
     "measures the quality of the most harmful examples against that of the others."
 )
+_AS_PEOPLE_DO = (
+    "Equation 12 against a finetuning as people do it, by SGD with momentum from the pretrained "
+    "embedding, stopped early. Random sets of 1 % of the pretraining examples are left out of both "
+    "stages, and the order of the changes is compared. The paper leaves out single images and "
+    "compares otherwise, so that there is no verdict. Beside it stands the exact derivative, back "
+    "through the steps of the same trainings. The page on the "
+    "[benchmark](../chapters/benchmark.html) has all methods and settings."
+)
 _TABLE = (
     "The paper's table shows which sentences have extreme scores; none of them was left out. The "
     "page on [sentences](nlp.html) leaves out groups of them and trains both stages again, beside "
@@ -74,6 +82,8 @@ class Claim:
         After the point, in tables.
     why
         Where a difference is looked into.
+    comparable
+        Whether the paper measured the same; else our number stands for itself.
     """
 
     name: str
@@ -87,6 +97,7 @@ class Claim:
     paper_interval: tuple[float, float] | None = None
     digits: int = 2
     why: str = ""
+    comparable: bool = True
 
 
 CLAIMS = (
@@ -102,6 +113,15 @@ CLAIMS = (
           "r = 0.46", why=_PLAIN),
     Claim("r_updated_plain_through_steps", "4.1, Fig. 2b", "the same, scores through its steps",
           "cifar10", 0.46, "r = 0.46", why=_PLAIN),
+    *(
+        Claim(name, "4.1, Fig. 2b", f"{about}{where}", dataset, None, "not measured", none=None,
+              why=_AS_PEOPLE_DO, comparable=False)
+        for dataset, where in (("digits-sgd", ""), ("mnist-sgd", ", MNIST"))
+        for name, about in (
+            ("two_stage_case_2", "case 2 against finetuning as people do it"),
+            ("two_stage_exact", "the exact derivative of the same"),
+        )
+    ),
     Claim("r_identity_top", "4.1, Fig. 2c", "identity for the inverse Hessians", "mnist", 0.17,
           "r = 0.17", none=None, paper_interval=(-0.03, 0.35)),
     Claim("harmful_loss_quantile", "4.1, Fig. 3", "rank by own loss, most harmful",
@@ -145,7 +165,8 @@ def verdict(claim: Claim, value: float, low: float, high: float) -> str:
     str
         ``"not significant"`` where the interval holds the value of no effect, ``"opposite"``
         where it lies on the other side of it, ``"reproduced"`` where it holds the paper's number
-        or there is none, else ``"stronger"`` or ``"weaker"``.
+        or there is none, else ``"stronger"`` or ``"weaker"``. ``"not comparable"`` where the paper
+        measured something else.
 
     Raises
     ------
@@ -154,6 +175,8 @@ def verdict(claim: Claim, value: float, low: float, high: float) -> str:
     """
     if not low <= value <= high:
         raise ValueError(f"{claim.name}: {value} is not within its interval [{low}, {high}]")
+    if not claim.comparable:
+        return "not comparable"
     if claim.none is not None:
         if low <= claim.none <= high:
             return "not significant"
