@@ -112,7 +112,7 @@ def test_seeds_share_examples_and_choices_have_others(tiny):
     assert not torch.equal(first.data.pretrain[0], choice.data.pretrain[0])
     assert not torch.equal(first.pretrain.vector(), second.pretrain.vector())
     drawn = bank.subsets(80, 0), bank.subsets(80, 1)
-    assert not torch.equal(*drawn)
+    assert (drawn[0] != drawn[1]).any(2).all()  # no subset of one seed is one of another's
 
 
 @pytest.fixture
@@ -233,6 +233,36 @@ def test_command_judges_the_methods_of_a_file(perfect, judged, monkeypatch, tmp_
     del METHODS["constant but for one"]
 
 
+def test_other_draws_share_few_examples_where_there_are_many():
+    if "MSIF_DATA" not in os.environ:
+        pytest.skip("MSIF_DATA is not set")
+    for name in ("mnist-sgd", "cifar-frozen", "cifar-adamw"):
+        reported, chosen = (SETTINGS[name].data(draw) for draw in (0, 1))
+        for one, other in zip(reported[:3], chosen[:3]):
+            common = {row.numpy().tobytes() for row in one[0]}
+            common &= {row.numpy().tobytes() for row in other[0]}
+            assert len(common) < 0.15 * len(one[0])
+
+
+def test_what_fails_and_what_is_given_is_said(judged, monkeypatch):
+    monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
+
+    def known(problem, share, left_out, truth):
+        return truth.judged(share)[1]
+
+    def failing(problem):
+        raise FloatingPointError("no number came out")
+
+    register("given", of_subsets=True, trainings=28)(known)
+    register("failing")(failing)
+    try:
+        rows = judge.judge("tiny", [METHODS["given"], METHODS["failing"]], [0, 1], says=False)
+    finally:
+        del METHODS["given"], METHODS["failing"]
+    assert rows[-1] == {"method": "failing", "group": "row", "failed": "no number came out"}
+    assert all(28 < row["trainings"] < 29 for row in rows[:-1])
+
+
 def test_record_has_a_row_for_each_method_and_share(perfect, judged, monkeypatch, tmp_path):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
     monkeypatch.setattr(bank, "seeds_of", lambda name: [0, 1])
@@ -241,6 +271,12 @@ def test_record_has_a_row_for_each_method_and_share(perfect, judged, monkeypatch
     assert {row["method"] for row in values["rows"]} == {"perfect", "reversed"}
     assert len(values["ceilings"]) == 2 and values["pretraining examples"] == 80
     assert all(set(row["lds"]) == {"value", "low", "high"} for row in values["rows"])
+    # Judged alone, a method's rows take the place of its own.
+    judge.write("tiny", perfect[1:])
+    again = json.loads(path.read_text())["values"]["rows"]
+    others = [row for row in values["rows"] if row["method"] != "reversed"]
+    assert again[: len(others)] == others and len(again) == len(values["rows"])
+    assert {row["method"] for row in again[len(others) :]} == {"reversed"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -2,7 +2,8 @@
 
     list                    settings and methods
     train SETTING ...       make the bank of settings, by retraining; goes on where it stopped
-    judge SETTING ...       judge every registered method; writes results/two_stage/SETTING.json
+    judge SETTING ...       judge every registered method, or --methods; writes
+                            results/two_stage/SETTING.json, in which other methods' rows stay
     smoothness              what makes training smoother; writes results/two_stage/smoothness.json
     score FILE [SETTING ..] judge scores in FILE.npz, or the methods that FILE.py registers
 
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument("file", type=Path)
         command.add_argument("settings", nargs="*", choices=[*SETTINGS, []], default=[])
         command.add_argument("--seeds", type=int, nargs="+", help="of the reported ones")
+        command.add_argument("--methods", nargs="+", choices=METHODS, help="to judge")
         command.add_argument("--jobs", type=int, default=None, help="processes, to train")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -60,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(path)
     elif options.command == "judge":
         for name in chosen:
-            print(judge.write(name, list(METHODS.values())))
+            asked = options.methods or list(METHODS)
+            print(judge.write(name, [METHODS[one] for one in asked]))
     else:
         print(judge.table(_scored(options.file, chosen, options.seeds)))
 

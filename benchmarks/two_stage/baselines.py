@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from benchmarks.two_stage.bank import Truth
+from benchmarks.two_stage.bank import GIVEN, Truth
 from benchmarks.two_stage.implicit import along, functionals, on_embedding
 from benchmarks.two_stage.methods import by_steps, of_words, register
 from benchmarks.two_stage.settings import Problem
@@ -172,7 +172,7 @@ def ridge(left_out: Tensor, changes: Tensor, asked: Tensor) -> Tensor:
     return torch.from_numpy(model.predict(asked.double().numpy()).reshape(len(asked), -1))
 
 
-@register("datamodel regression", of_subsets=True)
+@register("datamodel regression", of_subsets=True, trainings=GIVEN)
 def datamodel(of: Problem, share: float, left_out: Tensor, truth: Truth) -> Tensor:
     """Regression on retrainings (Ilyas et al. 2022), as many as the exact row's time allows.
 

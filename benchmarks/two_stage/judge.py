@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import defaultdict
@@ -19,6 +20,7 @@ from benchmarks.two_stage.methods import Method, Predictions, by_steps
 from benchmarks.two_stage.settings import SETTINGS, SHARES, problem
 from benchmarks.two_stage.smoothness import metasmoothness, sweep
 from msif_lib.evaluation import Estimate, fidelity, reliability
+from msif_lib.solvers import FailedSolve
 from msif_lib.study.records import write_record
 
 RESULTS = bank.BANK.parent
@@ -69,7 +71,8 @@ def judge(
 ) -> list[dict[str, Any]]:
     """The rows of registered methods on a setting, each with its cost in trainings.
 
-    The cost is the median over seeds of a method's time, by the time of both trainings.
+    The cost is the median over seeds of a method's time, by the time of both trainings, and the
+    retrainings that it was given. A method whose solve fails on a seed has one row, which says so.
     """
     chosen = bank.seeds_of(name) if seeds is None else seeds
     truths = {seed: bank.read(name, seed) for seed in chosen}
@@ -85,11 +88,16 @@ def judge(
             one = asked[seed][number]
             return one.of(share) if one.method.fits(one.problem, share) else None
 
-        found = rows_of(method.name, truths, predict, method.scaled)
+        try:
+            found = rows_of(method.name, truths, predict, method.scaled)
+        except (FailedSolve, FloatingPointError) as error:
+            rows.append({"method": method.name, "group": method.group, "failed": str(error)[:300]})
+            continue
         cost = [one[number].seconds / one[number].problem.seconds for one in asked.values()]
-        answers = len({row["share"] for row in found}) if method.by_share else 1
+        each = method.by_share or method.of_subsets
+        answers = len({row["share"] for row in found}) if each else 1
         for row in found:
-            row["trainings"] = statistics.median(cost) / answers
+            row["trainings"] = statistics.median(cost) / answers + method.trainings
             row["group"] = method.group
         rows += found
         if says and found:
@@ -118,11 +126,15 @@ def _smoothness(name: str, seed: int, share: float) -> dict[str, float] | None:
 
 
 def write(name: str, methods: Sequence[Method]) -> Path:
-    """Judge all methods on a setting and write its record."""
+    """Judge methods on a setting and write its record, in which other methods' rows stay."""
     began = time.perf_counter()
     seeds = bank.seeds_of(name)
     truths = {seed: bank.read(name, seed) for seed in seeds}
-    rows = judge(name, methods, seeds)
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    judged = {method.name for method in methods}
+    rows = [] if known is None else known["values"]["rows"]
+    rows = [row for row in rows if row["method"] not in judged] + judge(name, methods, seeds)
     about = [truth.about for truth in truths.values()]
     setting = SETTINGS[name]
     values = {
@@ -141,7 +153,6 @@ def write(name: str, methods: Sequence[Method]) -> Path:
         "subsets": bank.JUDGED,
         "retraining seconds": [one["seconds of all retrainings"] for one in about],
     }
-    path = RESULTS / f"{name}.json"
     write_record(
         path,
         section="two_stage",

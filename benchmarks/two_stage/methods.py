@@ -46,6 +46,8 @@ class Method:
     effort
         0: tens of trainings' time at most for all functionals; 1: more, where trainings are long;
         2: hundreds. Not asked of settings with less patience.
+    trainings
+        Retrainings that it is given a share, which count among its cost.
     group
         ``"row"`` of the table, or ``"budget"`` for the error budget.
     """
@@ -58,6 +60,7 @@ class Method:
     shares: tuple[float, ...] | None = None
     only: Callable[[Problem], bool] | None = None
     effort: int = 0
+    trainings: int = 0
     group: str = "row"
 
     def fits(self, problem: Problem, share: float) -> bool:

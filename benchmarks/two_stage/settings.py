@@ -2,8 +2,9 @@
 
 A setting fixes the examples, so that its functionals are the same for every seed; a seed draws the
 initial weights of both stages and the order of their batches. Seeds from :data:`CHOICE` on take
-other examples: the sizes and rates below, and the settings of every method, were chosen on those
-alone, by the rules in ``README.md``.
+another draw of examples from the same pool, of which the digits have few: most of their pretraining
+examples are in both draws. The sizes and rates below, and the settings of every method, were chosen
+on those seeds alone, by the rules in ``README.md``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from msif_lib.study.models import feature_count, seeded
 from msif_lib.study.texts import two_stage_texts
 from msif_lib.training import SGD, AdamW, descend, train
 
-#: Seeds from here on are those of choices: other examples, never reported.
+#: Seeds from here on are those of choices: another draw of examples, never reported.
 CHOICE = 100
 # Shares of the pretraining examples that are left out.
 SHARES = (0.01, 0.05, 0.2, 0.5)
