@@ -542,7 +542,9 @@ class EKFAC(InEigenbasis):
             raise ValueError("the right-hand side is not finite")
         columns = (b if b.dim() == 2 else b[:, None]).to(self.eigenvalues)
         values = self.eigenvalues + damping
-        zero = values <= len(values) * torch.finfo(values.dtype).eps * values.max()
+        # Each is a mean of squares, exact to a share of its own size; what rounding leaves of a
+        # zero is squared too. λ is added exactly.
+        zero = values <= torch.finfo(values.dtype).eps ** 1.5 * values.max()
         inverse = torch.where(zero, 0.0, 1 / torch.where(zero, 1.0, values))[:, None]
         right = self._basis.coordinates(columns)
         found = inverse * right

@@ -769,3 +769,17 @@ def test_lanczos_sees_the_same_matrix():
     b = draw(43, 2)
     (found,), _ = functions_of(ekfac, b, [torch.exp], tol=1e-12)
     check(found, ekfac.function(torch.exp) @ b, 1e-9)
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("share", [1e-3, 1e-1])
+def test_damping_is_no_zero_in_single_precision_of_many_parameters(share):
+    """With p eps near 1 a rule for eigenvalues of a p x p matrix would take all for zero."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Sequential(torch.nn.Linear(784, 150), torch.nn.Tanh())
+    data = torch.randn(60, 784), torch.randint(10, (60,))
+    stage = Stage(embedding, torch.nn.Linear(150, 10), cross_entropy, data, check=False)
+    operator = EKFAC(stage)
+    b, damping = torch.randn(operator.shape[0]), share * float(operator.eigenvalues.max())
+    x = operator.solve(b, damping).x
+    assert relative_error(operator @ x + damping * x, b) < 1e-4

@@ -125,8 +125,8 @@ def judged(tiny):
 def perfect(judged):
     """A method that knows the answer, and one that knows its reverse."""
 
-    def known(problem, share, left_out, truth):
-        return 2.0 * truth.judged(share)[1]
+    def known(problem, share, left_out, given):
+        return 2.0 * judged[problem.seed].judged(share)[1]
 
     register("perfect", of_subsets=True)(known)
     register("reversed", of_subsets=True, shares=(0.5,), scaled=False)(
@@ -138,7 +138,8 @@ def perfect(judged):
 
 def test_rows_say_how_well_and_by_how_much(perfect, judged, monkeypatch):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
-    rows = judge.judge("tiny", perfect, [0, 1], says=False)
+    rows, failed = judge.judge("tiny", perfect, [0, 1])
+    assert failed == []
     same = {(row["method"], row["share"]): row for row in rows if row["reading"] == "same seed"}
     assert set(same) == {("perfect", share) for share in SHARES} | {("reversed", 0.5)}
     for share in SHARES:
@@ -229,8 +230,11 @@ def test_command_judges_the_methods_of_a_file(perfect, judged, monkeypatch, tmp_
     )
     main(["score", str(mine), "tiny"])
     shown = capsys.readouterr().out
-    assert "constant but for one" in shown and "perfect" not in shown
+    assert "constant but for one" in shown and "perfect" not in shown and "2 of 2" in shown
     del METHODS["constant but for one"]
+    with pytest.raises(SystemExit):
+        main(["score", str(mine), "tinny"])
+    assert "there is no setting 'tinny'" in capsys.readouterr().err
 
 
 def test_other_draws_share_few_examples_where_there_are_many():
@@ -247,8 +251,9 @@ def test_other_draws_share_few_examples_where_there_are_many():
 def test_what_fails_and_what_is_given_is_said(judged, monkeypatch):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
 
-    def known(problem, share, left_out, truth):
-        return truth.judged(share)[1]
+    def known(problem, share, left_out, given):
+        assert [len(one) for one in given] == [3, 3]
+        return judged[problem.seed].judged(share)[1]
 
     def failing(problem):
         raise FloatingPointError("no number came out")
@@ -256,16 +261,26 @@ def test_what_fails_and_what_is_given_is_said(judged, monkeypatch):
     register("given", of_subsets=True, trainings=28)(known)
     register("failing")(failing)
     try:
-        rows = judge.judge("tiny", [METHODS["given"], METHODS["failing"]], [0, 1], says=False)
+        rows, failed = judge.judge("tiny", [METHODS["given"], METHODS["failing"]], [0, 1])
     finally:
         del METHODS["given"], METHODS["failing"]
-    assert rows[-1] == {"method": "failing", "group": "row", "failed": "no number came out"}
-    assert all(28 < row["trainings"] < 29 for row in rows[:-1])
+    assert failed == [{"method": "failing", "says": "no number came out"}]
+    assert all(28 < row["trainings"] < 29 for row in rows)
+
+
+def test_bank_of_another_training_is_refused(tiny, judged, perfect, monkeypatch):
+    monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
+    first, second = tiny.recipes
+    other = dataclasses.replace(tiny, recipes=(first._replace(l2=0.05), second))
+    monkeypatch.setitem(SETTINGS, "tiny", other)
+    with pytest.raises(ValueError, match="seed 0, is of another training"):
+        judge.judge("tiny", perfect, [0])
 
 
 def test_record_has_a_row_for_each_method_and_share(perfect, judged, monkeypatch, tmp_path):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
     monkeypatch.setattr(bank, "seeds_of", lambda name: [0, 1])
+    monkeypatch.setattr(bank, "sha256", lambda name, seed: f"of {seed}")
     path = judge.write("tiny", perfect)
     values = json.loads(path.read_text())["values"]
     assert {row["method"] for row in values["rows"]} == {"perfect", "reversed"}
@@ -274,6 +289,9 @@ def test_record_has_a_row_for_each_method_and_share(perfect, judged, monkeypatch
     # Judged alone, a method's rows take the place of its own.
     judge.write("tiny", perfect[1:])
     again = json.loads(path.read_text())["values"]["rows"]
+    with pytest.raises(ValueError, match="by another bank"):
+        monkeypatch.setattr(bank, "seeds_of", lambda name: [0])
+        judge.write("tiny", perfect[1:])
     others = [row for row in values["rows"] if row["method"] != "reversed"]
     assert again[: len(others)] == others and len(again) == len(values["rows"])
     assert {row["method"] for row in again[len(others) :]} == {"reversed"}

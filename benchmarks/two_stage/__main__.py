@@ -35,15 +35,17 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
     commands.add_parser("smoothness")
-    for name in ("train", "judge", "score"):
-        command = commands.add_parser(name)
-        if name == "score":
-            command.add_argument("file", type=Path)
-        command.add_argument("settings", nargs="*", choices=[*SETTINGS, []], default=[])
-        command.add_argument("--seeds", type=int, nargs="+", help="of the reported ones")
-        command.add_argument("--methods", nargs="+", choices=METHODS, help="to judge")
-        command.add_argument("--jobs", type=int, default=None, help="processes, to train")
+    train, judged = commands.add_parser("train"), commands.add_parser("judge")
+    scored = commands.add_parser("score")
+    scored.add_argument("file", type=Path)
+    for command in (train, judged, scored):
+        command.add_argument("settings", nargs="*", metavar="SETTING", help="by default all")
+    train.add_argument("--jobs", type=int, default=None, help="processes")
+    judged.add_argument("--methods", nargs="+", choices=METHODS)
     options = parser.parse_args(arguments)
+    unknown = set(getattr(options, "settings", ())) - set(SETTINGS)
+    if unknown:
+        parser.error(f"there is no setting {min(unknown)!r}; there are {', '.join(SETTINGS)}")
     torch.set_num_threads(1)
     if options.command == "list":
         for setting in SETTINGS.values():
@@ -57,30 +59,29 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = options.settings or list(SETTINGS)
     if options.command == "train":
         for name in chosen:
-            seeds = options.seeds or range(SETTINGS[name].seeds)
-            for path in bank.make(name, seeds, jobs=options.jobs):
+            for path in bank.make(name, range(SETTINGS[name].seeds), jobs=options.jobs):
                 print(path)
     elif options.command == "judge":
         for name in chosen:
             asked = options.methods or list(METHODS)
             print(judge.write(name, [METHODS[one] for one in asked]))
     else:
-        print(judge.table(_scored(options.file, chosen, options.seeds)))
+        print(judge.table(_scored(options.file, chosen)))
 
 
-def _scored(file: Path, settings: list[str], seeds: list[int] | None) -> list[dict]:
+def _scored(file: Path, settings: list[str]) -> list[dict]:
     """The rows of a file of scores, or of the methods that a file of Python registers."""
     if file.suffix == ".npz":
-        return judge.score(file)
+        return [row for row in judge.score(file) if row["setting"] in settings]
     known = set(METHODS)
     runpy.run_path(str(file))
-    new = [method for name, method in METHODS.items() if name not in known]
-    return [
-        {"setting": name, **row}
-        for name in settings
-        if bank.seeds_of(name)
-        for row in judge.judge(name, new, seeds, says=False)
-    ]
+    new, rows = [method for name, method in METHODS.items() if name not in known], []
+    for name in settings:
+        seeds = bank.seeds_of(name)
+        if seeds:
+            said = {"setting": name, "seeds": f"{len(seeds)} of {SETTINGS[name].seeds}"}
+            rows += [{**said, **row} for row in judge.judge(name, new, seeds)[0]]
+    return rows
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ judge.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -119,6 +120,11 @@ def read(name: str, seed: int, folder: Path = BANK) -> Truth:
             torch.from_numpy(kept["others"].astype(np.float64)),
             about,
         )
+
+
+def sha256(name: str, seed: int, folder: Path = BANK) -> str:
+    """The digest of a file of the bank."""
+    return hashlib.sha256(_file(folder, name, seed).read_bytes()).hexdigest()
 
 
 def seeds_of(name: str, folder: Path = BANK) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.two_stage import bank
 from benchmarks.two_stage.bank import OTHER_SHARES, Truth
 from benchmarks.two_stage.methods import Method, Predictions, by_steps
-from benchmarks.two_stage.settings import SETTINGS, SHARES, problem
+from benchmarks.two_stage.settings import SETTINGS, SHARES, Problem, problem
 from benchmarks.two_stage.smoothness import metasmoothness, sweep
 from msif_lib.evaluation import Estimate, fidelity, reliability
 from msif_lib.solvers import FailedSolve
@@ -26,6 +26,8 @@ from msif_lib.study.records import write_record
 RESULTS = bank.BANK.parent
 # Subsets in whose direction smoothness is measured.
 _DIRECTIONS = 8
+# How far losses may lie apart on another machine, in a training of a hundred steps.
+_SAME = 1e-3
 #: Makes of a truth the predicted changes ``(100, T)`` at a share, or None where it has none.
 Predict = Callable[[int, Truth, float], Tensor | None]
 
@@ -67,45 +69,64 @@ def _row(
 
 
 def judge(
-    name: str, methods: Sequence[Method], seeds: Sequence[int] | None = None, says: bool = True
-) -> list[dict[str, Any]]:
-    """The rows of registered methods on a setting, each with its cost in trainings.
+    name: str, methods: Sequence[Method], seeds: Sequence[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """The rows of registered methods on a setting, and which methods failed, and how.
 
-    The cost is the median over seeds of a method's time, by the time of both trainings, and the
-    retrainings that it was given. A method whose solve fails on a seed has one row, which says so.
+    A row's cost, in trainings, is the median over seeds of a method's time, by the time of both
+    trainings, and the retrainings that it was given.
+
+    Raises
+    ------
+    ValueError
+        The bank is of other trainings than those of the setting.
     """
-    chosen = bank.seeds_of(name) if seeds is None else seeds
-    truths = {seed: bank.read(name, seed) for seed in chosen}
-    problem(name, chosen[0])  # what is run first takes longer
-    asked = {
-        seed: [Predictions(method, problem(name, seed), truth) for method in methods]
-        for seed, truth in truths.items()
-    }
-    rows = []
-    for number, method in enumerate(methods):
+    truths = {seed: bank.read(name, seed) for seed in seeds}
+    problem(name, seeds[0])  # what is run first takes longer
+    problems = {seed: problem(name, seed) for seed in seeds}
+    for seed, truth in truths.items():
+        _check_bank(problems[seed], truth)
+    rows, failed = [], []
+    for method in methods:
+        asked = {seed: Predictions(method, problems[seed], truths[seed]) for seed in seeds}
 
-        def predict(seed: int, truth: Truth, share: float, number: int = number) -> Tensor | None:
-            one = asked[seed][number]
+        def predict(
+            seed: int, truth: Truth, share: float, asked: Mapping[int, Predictions] = asked
+        ) -> Tensor | None:
+            one = asked[seed]
             return one.of(share) if one.method.fits(one.problem, share) else None
 
         try:
             found = rows_of(method.name, truths, predict, method.scaled)
-        except (FailedSolve, FloatingPointError) as error:
-            rows.append({"method": method.name, "group": method.group, "failed": str(error)[:300]})
+        except (FailedSolve, FloatingPointError, ValueError) as error:
+            failed.append({"method": method.name, "says": str(error)[:300]})
+            print(f"{name}: {method.name} failed: {error}", flush=True)
             continue
-        cost = [one[number].seconds / one[number].problem.seconds for one in asked.values()]
+        cost = [one.seconds / one.problem.seconds for one in asked.values()]
         each = method.by_share or method.of_subsets
         answers = len({row["share"] for row in found}) if each else 1
         for row in found:
             row["trainings"] = statistics.median(cost) / answers + method.trainings
             row["group"] = method.group
         rows += found
-        if says and found:
+        if found:
             scores = "  ".join(
                 f"{row['share']:.0%} {row['lds']}" for row in found if row["reading"] == "same seed"
             )
             print(f"{name}: {method.name}: {scores}  ({found[0]['trainings']:.1f})", flush=True)
-    return rows
+    return rows, failed
+
+
+def _check_bank(of: Problem, truth: Truth) -> None:
+    """Refuse a bank whose models are not those that a setting and a seed are trained to here."""
+    finetune = of.finetune
+    with torch.no_grad():
+        before = finetune.losses_at(finetune.vector(), *of.data.functionals)
+    if (before - truth.before).norm() > _SAME * truth.before.norm():
+        raise ValueError(
+            f"the bank of {of.setting.name}, seed {of.seed}, is of another training: the losses as "
+            "trained differ. Remove its file and make it again, by the command train"
+        )
 
 
 def ceilings(truths: Mapping[int, Truth]) -> list[dict[str, Any]]:
@@ -119,6 +140,24 @@ def ceilings(truths: Mapping[int, Truth]) -> list[dict[str, Any]]:
     return rows
 
 
+def _of_others(
+    path: Path, judged: set[str], sums: Mapping[str, str]
+) -> tuple[list[Any], list[Any]]:
+    """Rows and failures in a record of methods that are not judged now, of the same bank."""
+    if not path.exists():
+        return [], []
+    values = json.loads(path.read_text(encoding="utf-8"))["values"]
+    rest = [
+        [one for one in values[which] if one["method"] not in judged]
+        for which in ("rows", "failed")
+    ]
+    if any(rest) and values["bank"] != sums:
+        raise ValueError(
+            f"{path} has rows of other methods, judged by another bank; judge all methods again"
+        )
+    return rest[0], rest[1]
+
+
 def _smoothness(name: str, seed: int, share: float) -> dict[str, float] | None:
     """How linear the trained models are in the weights; None where they are at an optimum."""
     of = problem(name, seed)
@@ -129,17 +168,20 @@ def write(name: str, methods: Sequence[Method]) -> Path:
     """Judge methods on a setting and write its record, in which other methods' rows stay."""
     began = time.perf_counter()
     seeds = bank.seeds_of(name)
+    if not seeds:
+        bank.read(name, 0)  # says how to make it
     truths = {seed: bank.read(name, seed) for seed in seeds}
     path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    judged = {method.name for method in methods}
-    rows = [] if known is None else known["values"]["rows"]
-    rows = [row for row in rows if row["method"] not in judged] + judge(name, methods, seeds)
+    sums = {str(seed): bank.sha256(name, seed) for seed in seeds}
+    rows, failed = _of_others(path, {method.name for method in methods}, sums)
+    found, not_found = judge(name, methods, seeds)
     about = [truth.about for truth in truths.values()]
     setting = SETTINGS[name]
     values = {
         "says": setting.says,
-        "rows": rows,
+        "rows": rows + found,
+        "failed": failed + not_found,
+        "bank": sums,
         "ceilings": ceilings(truths),
         "metasmoothness": [
             {"share": share, "seeds": [_smoothness(name, seed, share) for seed in seeds]}
@@ -239,7 +281,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     plain = [
         {
-            "setting": row.get("setting", ""),
+            "setting": row["setting"],
+            "seeds": row["seeds"],
             "method": row["method"],
             "truth": row["reading"],
             "share": f"{row['share']:.0%}",
@@ -248,8 +291,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     shown = pd.DataFrame(plain).pivot_table(
-        index=["setting", "truth", "method"], columns="share", values="lds", aggfunc="first",
-        sort=False,
+        index=["setting", "seeds", "truth", "method"], columns="share", values="lds",
+        aggfunc="first", sort=False,
     )  # fmt: skip
     return shown.fillna("").to_string()
 

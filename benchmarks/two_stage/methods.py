@@ -33,8 +33,8 @@ class Method:
         Of its row.
     function
         ``function(problem)``, or ``function(problem, share)`` where `by_share`; or
-        ``function(problem, share, left_out, truth)`` where it predicts the changes ``(M, T)`` of
-        subsets ``(M, m)`` itself (`of_subsets`).
+        ``function(problem, share, left_out, given)`` where it predicts the changes ``(M, T)`` of
+        subsets ``(M, m)`` itself (`of_subsets`); `given` are other subsets and their changes.
     scaled
         Whether its values are in units of the loss, so that their size can be judged too.
     by_share, of_subsets
@@ -133,7 +133,7 @@ class Predictions:
         """Predicted changes ``(M, T)`` of the subsets that judge."""
         left_out, _ = self.truth.judged(share)
         if self.method.of_subsets:
-            return self._timed(self.problem, share, left_out, self.truth)
+            return self._timed(self.problem, share, left_out, self.truth.given(share))
         key = share if self.method.by_share else None
         if key not in self._scores:
             asked = (share,) if self.method.by_share else ()
