@@ -313,3 +313,10 @@ def test_what_is_kept_tells_the_rule_from_a_number(tmp_path):
         chain(MinRes(damping=same), 2).scores(test, out=tmp_path / "numbers")
     with pytest.raises(ValueError, match="another problem"):
         automatic.scores(test, out=tmp_path / "numbers")
+
+
+def test_a_cluster_above_zero_does_not_hide_what_is_below_it():
+    diagonal = torch.ones(4000, dtype=torch.float64)
+    diagonal[7] = -0.5
+    found = automatic_damping(torch.diag(diagonal))
+    assert found.lowest_eigenvalue == pytest.approx(-0.5, rel=0.1) and found.damping > 0.5
