@@ -166,7 +166,7 @@ def word_overlap(of: Problem) -> Tensor:
 def ridge(left_out: Tensor, changes: Tensor, asked: Tensor) -> Tensor:
     """Predicted changes ``(M, T)`` of subsets ``(M, m)`` by ridge regression on others' changes.
 
-    The penalty is chosen for each functional by generalised cross-validation among the subsets
+    The penalty is chosen for each functional by leave-one-out cross-validation among the subsets
     that are given: of 1e-2 to 1e6, half a decade apart.
     """
     model = RidgeCV(alphas=np.logspace(-2, 6, 17), alpha_per_target=True)

@@ -137,7 +137,8 @@ def segments_unrolled(of: Problem) -> Tensor:
 def line_unrolled(of: Problem) -> Tensor:
     """No path of pretraining but its two ends: as many segments, on the line between them.
 
-    The number of segments is that of the rows above.
+    Besides it takes how long the training was, and what Adam scaled gradients by at its end. The
+    number of segments is that of the rows above.
     """
     return in_segments(of, _SEGMENTS, "line", False)
 

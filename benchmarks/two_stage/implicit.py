@@ -158,7 +158,10 @@ def case_1_fixed(of: Problem) -> Tensor:
 
 @register("case 1, automatic damping", effort=1)
 def case_1_automatic(of: Problem) -> Tensor:
-    """The same, each matrix damped by what makes it definite. Nothing to choose."""
+    """The same, each matrix damped by what makes it definite.
+
+    Its two factors were chosen on digits.
+    """
     return case_scores(of, 1, automatic)
 
 
@@ -176,7 +179,10 @@ def case_2_fixed(of: Problem) -> Tensor:
 
 @register("case 2, automatic damping", effort=1)
 def case_2_automatic(of: Problem) -> Tensor:
-    """The same, each matrix damped by what makes it definite. Nothing to choose."""
+    """The same, each matrix damped by what makes it definite.
+
+    Its two factors were chosen on digits.
+    """
     return case_scores(of, 2, automatic)
 
 
@@ -205,12 +211,13 @@ def ekfac_scores(of: Problem, factor: float) -> Tensor:
 
 @register("EK-FAC in both stages", only=of_classes)
 def ekfac(of: Problem) -> Tensor:
-    """Multi-stage influence as the code of Bao et al. (2025) states it, EK-FAC in both stages.
+    """Multi-stage influence as Bao et al. (2025) state it, EK-FAC in both stages.
 
         dq/dw_i = −∇_W qᵀ (A_F + 2α + λ)⁻¹ 2α (A_G + λ)⁻¹ ∇_W ℓ_i / m
 
     A_F and A_G are block diagonal by layers, so that the cross term of embedding and head drops out
-    of the finetuning matrix, and the head's own gradient with it. Their code damps both inverses by
+    of the finetuning matrix, and the head's own gradient with it; where finetuning holds the
+    embedding, what is handed back keeps its exact cross term. Their code damps both inverses by
     a small constant (1e-4), which stands for the pull too; here the pull is 2α as in every row of
     case 2 and λ is by the rule: of :data:`FACTORS` 0.01. Modes of ℓ'' are summed exactly, where
     they sample labels.
@@ -246,7 +253,7 @@ def ekfac_cross(of: Problem) -> Tensor:
 
 @register("case 2, preconditioned by EK-FAC", only=of_classes, effort=2)
 def by_ekfac(of: Problem) -> Tensor:
-    """Case 2 with automatic damping, exact, its solves preconditioned by EK-FAC: another cost.
+    """Case 2 with automatic damping, to 1e-3, its solves preconditioned by EK-FAC: another cost.
 
     In place of the leading rows of the Gauss–Newton matrix, by which the other exact rows are.
     """

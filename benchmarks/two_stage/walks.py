@@ -327,7 +327,7 @@ class InSegments(Link):
         return PulledBack(self.stage.split(cotangent)[0], None, scores)
 
     def _segments(self) -> list[_Segment]:
-        """Parts of nearly equal length, between states that the path has kept."""
+        """Parts as equal in length as the states that the path has kept allow."""
         path, kept = self.path, sorted(self.path.states)
         if self.at == "line":
             return self._on_a_line()
