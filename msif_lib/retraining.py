@@ -546,8 +546,8 @@ def with_weights(
     for the extension; Wang & Jia 2023, "Data Banzhaf", for the Banzhaf value of examples, and Li &
     Yu 2023 for α ≠ ½; Ilyas et al. 2022, "Datamodels", and Saunshi et al. 2023, "Understanding
     influence functions and datamodels via harmonic analysis", for the regression). For subsets of
-    one size β is defined up to a constant, and to that entry the mean of the others in its row is
-    added, times −(2α − 1).
+    one size β is defined up to a constant, and to that entry the sum of the others in its row,
+    divided by N − 2, is added, times −(2α − 1).
 
     Parameters
     ----------
