@@ -47,6 +47,7 @@ __all__ = [
     "drawn_from",
     "pull_back",
     "run",
+    "take_steps",
 ]
 
 # How far a repetition may end from the training, as a share of the way that the training went:
@@ -245,7 +246,7 @@ class Path(OwnState):
                 if not _near(state.x, there, way):
                     differing.append(state.step)
 
-        path = _taken(steps, "repeating the training", progress, compare)
+        path = take_steps(steps, "repeating the training", progress, compare)
         if differing or not _near(path.end, end, way):
             where = (
                 f"the first of `states` that differs is that after step {differing[0]}"
@@ -361,15 +362,15 @@ def descend(
             pass
     start = stage.vector()
     steps = Steps(stage, start, sampler.taken, optimiser, learning_rates, noise_seed, augment)
-    path = _taken(steps, "training", progress)
+    path = take_steps(steps, "training", progress)
     stage.load_vector(path.end)
     return path
 
 
-def _taken(
+def take_steps(
     steps: Steps, name: str, progress: bool, watch: Callable[[State], None] = lambda state: None
 ) -> Path:
-    """The path of all steps; each state is shown to `watch`."""
+    """The path of all steps from their beginning; each state is shown to `watch`."""
     every = math.isqrt(len(steps))
     begun = steps.begin()
     states = {0: begun}

@@ -8,7 +8,6 @@ the steps of one model and keeps what it takes to walk them back.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from tqdm import tqdm
 
 from msif_lib.curvature import AddDiagonal, Hessian
-from msif_lib.descent import Path, run
+from msif_lib.descent import Path, run, take_steps
 from msif_lib.handover import gradient_size
 from msif_lib.links import Frozen, Link, Optimum, Proximal, Unrolled
 from msif_lib.preconditioner import GaussNewtonPreconditioner
@@ -277,23 +275,7 @@ def stepped_again(stage: Stage, path: Path, handed: Tensor | None, progress: boo
         The training diverged; the message names the step.
     """
     start = path.start if handed is None else _with_shared(path.start[None], handed[None])[0]
-    steps = replace(path, start=start).steps(stage)
-    begun, every = steps.begin(), math.isqrt(len(steps))
-    states, state = {0: begun}, begun
-    with (
-        steps.running(),
-        tqdm(
-            total=len(steps), desc=f"training again, {len(steps)} steps",
-            disable=not progress, delay=1, leave=False,
-        ) as bar,
-    ):  # fmt: skip
-        for state in steps.after(begun, len(steps)):
-            if state.step % every == 0:
-                states[state.step] = state
-            bar.update()
-    states[state.step] = state
-    end = stage.parameters.replaced(start, state.x, stage.trained)
-    return replace(path, start=start, end=end, states=states)
+    return take_steps(replace(path, start=start).steps(stage), "training again", progress)
 
 
 def _with_shared(vectors: Tensor, handed: Tensor) -> Tensor:
