@@ -367,6 +367,7 @@ def descend(
     return path
 
 
+@in_own_state
 def take_steps(
     steps: Steps, name: str, progress: bool, watch: Callable[[State], None] = lambda state: None
 ) -> Path:
