@@ -685,7 +685,7 @@ def test_a_run_ends_with_its_runner(slow, how):
     first.send_signal(how)
     first.wait(60)
     assert "FAILED" not in first.stdout.read()
-    wait_for(lambda: not alive(slow), seconds=20)
+    wait_for(lambda: not alive(slow))
     check_whole(slow, removals=1)
     assert not list((slow / "build" / "default" / "records").iterdir())
 
@@ -700,7 +700,7 @@ def test_kills_at_any_instant_lose_nothing(slow, kills):
             raise subprocess.TimeoutExpired("it had ended already", 0)
         process.kill()
         process.wait()
-        wait_for(lambda: not alive(slow), seconds=20)
+        wait_for(lambda: not alive(slow))
         check_whole(slow, number)
     process = start(slow, kills)
     assert process.wait() == 0, process.stderr.read()
