@@ -158,7 +158,7 @@ def variants() -> Iterator[tuple[str, str, Setting]]:
         return dataclasses.replace(base, recipes=(first, second), embedding=embedding)
 
     for parts in (8, 4, 1):
-        yield "batch", "all" if parts == 1 else f"1/{parts} of all", changed(parts=parts)
+        yield "batch", "the whole set" if parts == 1 else f"1/{parts} of all", changed(parts=parts)
     for rate in (0.025, 0.05, 0.1, 0.2):
         yield "rate", f"{rate:g}", changed(rate=rate)
     for l2 in (0.0, 5e-4, 5e-3, 5e-2):
