@@ -4,7 +4,7 @@ A setting fixes the examples, so that its functionals are the same for every see
 initial weights of both stages and the order of their batches. Seeds from :data:`CHOICE` on take
 another draw of examples from the same pool, of which the digits have few: most of their pretraining
 examples are in both draws. The sizes and rates below, and the settings of every method, were chosen
-on those seeds alone, by the rules in ``README.md``.
+on those seeds alone; ``README.md`` says how.
 """
 
 from __future__ import annotations
