@@ -36,6 +36,7 @@ from benchmarks.two_stage.walks import exact as plain
 from msif_lib import Chain, Stage, cross_entropy
 from msif_lib.curvature import Hessian
 from msif_lib.links import Stopped, Unrolled
+from msif_lib.optimisers import State
 from msif_lib.training import SGD, AdamW, descend
 
 WIDE = {"wide": AdamW(1e4, eps=1e6, weight_decay=0.0)}
@@ -355,6 +356,23 @@ def test_an_epsilon_inside_the_root_is_smooth_at_zero():
     assert relative_error(*near) < 1e-3
     wide = smoothness.RootedAdam(0.1, eps=4.0).step(begun, gradient, 0.1, 0.0)
     assert wide.x.tolist() == pytest.approx([1, 1 - 0.1 * 1e-9 / 2, 1 - 0.1 * 2 / 8**0.5])
+
+
+@pytest.mark.parametrize("eps", [1e-8, 1e-2])
+def test_a_step_of_adam_with_a_rooted_epsilon_goes_back_as_autograd_has_it(eps: float):
+    adam, generator = smoothness.RootedAdam(0.1, eps=eps), torch.Generator().manual_seed(3)
+    x, m, gradient = (torch.randn(5, dtype=F64, generator=generator) for _ in range(3))
+    v = torch.rand(5, dtype=F64, generator=generator)
+    leaves = [one.requires_grad_() for one in (x, m, v, gradient)]
+    after = adam.step(State(x, (m, v), 4), gradient, 0.3, 0.2)
+    rows = [torch.randn(1, 5, dtype=F64, generator=generator) for _ in range(3)]
+    truth = torch.autograd.grad((after.x, *after.buffers), leaves, [row[0] for row in rows])
+    with torch.no_grad():
+        cotangent = State(rows[0], (rows[1], rows[2]), 5)
+        given = State(x, (m, v), 4), gradient, 0.3, 0.2, cotangent
+        lambda_g, before = adam.pull_back(*given)
+    for found, wanted in zip((before.x, *before.buffers, lambda_g), truth, strict=True):
+        assert relative_error(found[0], wanted) < 1e-12
 
 
 def test_variants_of_one_training_go_equally_far():

@@ -117,7 +117,7 @@ def _losses(of: Problem, vector: Tensor) -> Tensor:
 class RootedAdam(AdamW):
     """AdamW with ε inside the root, x' = (1 − ηδ)x − η m̂/√(v̂ + ε): smooth where gradients vanish.
 
-    Engstrom et al. (2025) train so. It can be taken, not walked back.
+    Engstrom et al. (2025) train so.
     """
 
     def step(self, state: State, gradient: Tensor, rate: Rate, decay: Rate) -> State:
@@ -126,15 +126,18 @@ class RootedAdam(AdamW):
         x = (1 - rate * decay) * state.x - rate * (m / c1) / (v / c2 + self.eps).sqrt()
         return State(x, (m, v), state.step + 1)
 
-    def pull_back(self, *args: Any) -> Any:
-        """No adjoint.
-
-        Raises
-        ------
-        NotImplementedError
-            Always.
-        """
-        raise NotImplementedError("trainings with ε inside the root are measured, not walked back")
+    def pull_back(
+        self, state: State, gradient: Tensor, rate: Rate, decay: Rate, cotangent: State
+    ) -> tuple[Tensor, State]:
+        """With D = √(v̂ + ε): λ_m' = λ_m − (η/c₁) λ_x/D, λ_v' = λ_v + η m̂ λ_x/(2c₂D³)."""
+        (beta1, beta2), lambda_x = self.betas, cotangent.x
+        m, v, c1, c2 = self._moments(state, gradient)
+        d = (v / c2 + self.eps).sqrt()
+        lambda_m = cotangent.buffers[0] - (rate / c1 / d) * lambda_x
+        lambda_v = cotangent.buffers[1] + (rate * (m / c1) / (2 * c2 * d**3)) * lambda_x
+        lambda_g = (1 - beta1) * lambda_m + (2 * (1 - beta2) * gradient) * lambda_v
+        before = (beta1 * lambda_m, beta2 * lambda_v)
+        return lambda_g, State((1 - rate * decay) * lambda_x, before, state.step)
 
 
 # Examples of both stages of digits.
