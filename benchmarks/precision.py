@@ -33,8 +33,8 @@ from benchmarks.measure import listening, pearson, plain_text
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.curvature import Hessian, proximal_hessian
 from msif_lib.solvers import Dense, FailedSolve, MinRes, Solution
-from msif_lib.study.datasets import two_stages
-from msif_lib.study.models import build_model
+from msif_lib.study.data.datasets import two_stages
+from msif_lib.study.models.networks import build_model
 from msif_lib.training import train
 
 ALPHA = 0.01

@@ -49,8 +49,8 @@ from benchmarks.reference import Product
 from benchmarks.sentences import seconds
 from msif_lib import FixedEmbeddingInfluence, Stage, UpdatedEmbeddingInfluence, cross_entropy
 from msif_lib.solvers import ConjugateGradient, MinRes, Solution, SolveReport, SolverWarning
-from msif_lib.study.datasets import two_stages
-from msif_lib.study.models import build_model
+from msif_lib.study.data.datasets import two_stages
+from msif_lib.study.models.networks import build_model
 from msif_lib.support.minimise import minimise
 
 PAPER_SECONDS = 230

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.command import make_parser, parse, record
 from msif_lib import Stage
-from msif_lib.study.language import SIZES, LanguageModel, TokenPredictor, language_loss
+from msif_lib.study.models.language import SIZES, LanguageModel, TokenPredictor, language_loss
 
 CHARACTERS = 50
 # Width, layers and width of the hidden layer of a transformer of about the same size; the largest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import influence
 import pytest
 
-from msif_lib.study.grader import check
+from msif_lib.study.course.grader import check
 
 FUNCTIONS = {
     "influence": "influence_scores",

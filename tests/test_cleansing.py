@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from msif_lib.study.cleansing import flip_labels, outcomes_without, unseen_images
-from msif_lib.study.datasets import two_stages
-from msif_lib.study.experiment import Setting, Trained, train_two_stages
+from msif_lib.study.data.datasets import two_stages
+from msif_lib.study.experiments.cleansing import flip_labels, outcomes_without, unseen_images
+from msif_lib.study.experiments.experiment import Setting, Trained, train_two_stages
 
 SETTING = Setting(widths=(2,), l2_pretrain=0.05, l2_finetune=0.02, alpha=0.03, epochs=10)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from msif_lib.study.comparison import CLAIMS, Claim, verdict
+from msif_lib.study.experiments.comparison import CLAIMS, Claim, verdict
 
 GAIN = Claim("gain", "4.2", "a gain", "cifar10", 0.2, "0.2")
 DROP = Claim("drop", "4.4", "a ratio", "cifar10", 0.5, "a half", none=1.0, direction=-1)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from msif_lib.study import datasets
-from msif_lib.study.datasets import DataFileError, load_images, two_stages
+from msif_lib.study.data import datasets
+from msif_lib.study.data.datasets import DataFileError, load_images, two_stages
 
 REAL_DATA = os.environ.get("MSIF_DATA")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence, training
 from msif_lib.retraining import RetrainingSettings, retrain_without
 from msif_lib.solvers import Dense
-from msif_lib.study.datasets import TwoStageData, two_stages
-from msif_lib.study.experiment import Setting, Trained, train_two_stages
+from msif_lib.study.data.datasets import TwoStageData, two_stages
+from msif_lib.study.experiments.experiment import Setting, Trained, train_two_stages
 
 SETTING = Setting(widths=(2,), alpha=0.07, gradient_tol=1e-10)
 SEED = 1

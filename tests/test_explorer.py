@@ -13,9 +13,9 @@ import torch
 
 from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
 from msif_lib.solvers import Identity, MinRes
-from msif_lib.study.datasets import TwoStageData, two_stages
-from msif_lib.study.experiment import Setting, Trained, train_two_stages
-from msif_lib.study.explorer import collect, fragment
+from msif_lib.study.data.datasets import TwoStageData, two_stages
+from msif_lib.study.experiments.experiment import Setting, Trained, train_two_stages
+from msif_lib.study.explorer.page import collect, fragment
 from msif_lib.study.pages.browser import Browser, find_chromium
 
 M, T = 24, 7

@@ -17,7 +17,12 @@ from msif_lib import (
 )
 from msif_lib.links import Optimum
 from msif_lib.solvers import Dense
-from msif_lib.study.forgetting import curvature, descent_gain, finetune_in_steps, proximal_gain
+from msif_lib.study.experiments.forgetting import (
+    curvature,
+    descent_gain,
+    finetune_in_steps,
+    proximal_gain,
+)
 from msif_lib.training import train
 
 pytestmark = pytest.mark.numeric

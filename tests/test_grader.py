@@ -22,12 +22,12 @@ from problems import F64, Problem
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vjp
 
-from msif_lib.study import grader
-from msif_lib.study.exercises import EXERCISES
-from msif_lib.study.exercises.chains import ThreeStages
-from msif_lib.study.exercises.one_stage import LinearModel
-from msif_lib.study.exercises.two_stages import Blocks
-from msif_lib.study.grader import check, relative_error
+from msif_lib.study.course import grader
+from msif_lib.study.course.exercises import EXERCISES
+from msif_lib.study.course.exercises.chains import ThreeStages
+from msif_lib.study.course.exercises.one_stage import LinearModel
+from msif_lib.study.course.exercises.two_stages import Blocks
+from msif_lib.study.course.grader import check, relative_error
 
 ROOT = Path(__file__).parents[1]
 solve = torch.linalg.solve

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from msif_lib import Stage, cross_entropy
 from msif_lib.curvature import Hessian
-from msif_lib.study.language import (
+from msif_lib.study.models.language import (
     PADDING,
     SIZES,
     UNKNOWN,
@@ -21,7 +21,7 @@ from msif_lib.study.language import (
     encode_characters,
     language_loss,
 )
-from msif_lib.study.recurrence import chains, chains_plainly
+from msif_lib.study.models.recurrence import chains, chains_plainly
 from msif_lib.support.functional import DerivativeError
 
 F64 = torch.float64

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from msif_lib.study.models import (
+from msif_lib.study.models.networks import (
     PooledConv2d,
     build_model,
     feature_count,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from msif_lib import Chain, Stage, cross_entropy
 from msif_lib.links import Frozen, Optimum, Unrolled
 from msif_lib.retraining import RetrainingSettings, retrain_without
-from msif_lib.study.forgetting import _pulled
+from msif_lib.study.experiments.forgetting import _pulled
 from msif_lib.training import SGD, AdamW, Path, descend, train
 
 F64 = torch.float64

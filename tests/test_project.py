@@ -182,7 +182,7 @@ def test_make_help_lists_every_target():
 
 UNPICKLES = {
     "msif_lib/scale/sharding.py": 1,  # what it has pickled itself, to see that others can be told
-    "msif_lib/study/datasets.py": 2,  # what has been compared with a published sum
+    "msif_lib/study/data/datasets.py": 2,  # what has been compared with a published sum
     "msif_lib/support/jobs.py": 1,  # what a process of its own has sent
 }
 

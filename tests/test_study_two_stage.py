@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 
 from msif_lib.evaluation import Estimate
+from msif_lib.study.experiments.benchmark import (
+    EXACT,
+    OTHERS,
+    Judged,
+    methods_of,
+    read_judged,
+    spread,
+)
 from msif_lib.study.records import write_record
-from msif_lib.study.two_stage import EXACT, OTHERS, Judged, methods_of, read_judged, spread
 
 
 def row(method: str, share: float, value: float, **more: Any) -> dict[str, Any]:

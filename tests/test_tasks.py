@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msif_lib.study.datasets import two_stages
-from msif_lib.study.tasks import balanced, restrict
+from msif_lib.study.data.datasets import two_stages
+from msif_lib.study.data.tasks import balanced, restrict
 
 
 @pytest.fixture(scope="module")

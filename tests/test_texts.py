@@ -8,9 +8,16 @@ import os
 import pytest
 import torch
 
-from msif_lib.study import texts
-from msif_lib.study.datasets import DataFileError
-from msif_lib.study.texts import bm25, load_texts, prose, tokenise, tweet_start, two_stage_texts
+from msif_lib.study.data import texts
+from msif_lib.study.data.datasets import DataFileError
+from msif_lib.study.data.texts import (
+    bm25,
+    load_texts,
+    prose,
+    tokenise,
+    tweet_start,
+    two_stage_texts,
+)
 
 REAL_DATA = os.environ.get("MSIF_DATA")
 

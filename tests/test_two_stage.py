@@ -15,7 +15,7 @@ from benchmarks.two_stage.__main__ import main
 from benchmarks.two_stage.methods import METHODS, Predictions, register
 from benchmarks.two_stage.settings import SETTINGS, SHARES, Recipe, perceptron, problem
 from msif_lib.evaluation import linear_datamodeling_score
-from msif_lib.study.models import seeded
+from msif_lib.study.models.networks import seeded
 from msif_lib.training import SGD, AdamW
 
 

@@ -21,7 +21,7 @@ from benchmarks.two_stage.bank import GIVEN
 from benchmarks.two_stage.implicit import along, functionals, on_embedding
 from benchmarks.two_stage.methods import by_steps, of_words, register
 from benchmarks.two_stage.settings import Problem
-from msif_lib.study.texts import bm25
+from msif_lib.study.data.texts import bm25
 
 _PROJECTION = 128
 # Numbers of words below this are padding, starts, ends and what the vocabulary has not.

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from msif_lib import Chain, Stage, cross_entropy
 from msif_lib.links import Optimum, Proximal, Unrolled
-from msif_lib.study.datasets import two_stages
-from msif_lib.study.language import Vocabulary
-from msif_lib.study.models import feature_count, seeded
-from msif_lib.study.texts import two_stage_texts
+from msif_lib.study.data.datasets import two_stages
+from msif_lib.study.data.texts import two_stage_texts
+from msif_lib.study.models.language import Vocabulary
+from msif_lib.study.models.networks import feature_count, seeded
 from msif_lib.training import SGD, AdamW, descend, train
 
 #: Seeds from here on are those of choices: another draw of examples, never reported.

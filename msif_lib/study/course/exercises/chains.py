@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from msif_lib.study.exercises.problem import (
+from msif_lib.study.course.exercises.problem import (
     Array,
     Exercise,
     Problem,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msif_lib.study.exercises.problem import (
+from msif_lib.study.course.exercises.problem import (
     Array,
     Exercise,
     Problem,

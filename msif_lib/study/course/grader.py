@@ -1,10 +1,11 @@
 """Checks a student's function and says which kind of mistake it makes.
 
 The exercises of the book ask for functions. `check` runs one of them on several small problems
-whose answer is known (:mod:`msif_lib.study.exercises`), and compares the answer with the right one
-and with those that the usual mistakes lead to: a wrong sign, a missing 1/m, α in place of 2α, a
-forgotten cross term. An answer is right if it is near the right one on every problem, whatever the
-way it was found; it is given the name of a mistake only if that mistake explains it on all of them.
+whose answer is known (:mod:`msif_lib.study.course.exercises`), and compares the answer with the
+right one and with those that the usual mistakes lead to: a wrong sign, a missing 1/m, α in place of
+2α, a forgotten cross term. An answer is right if it is near the right one on every problem,
+whatever the way it was found; it is given the name of a mistake only if that mistake explains it on
+all of them.
 
 >>> check("hvp", lambda objective, theta, v: None).state
 'not done'
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msif_lib.study.exercises import EXERCISES, Array, Endless, Exercise, Problem
+from msif_lib.study.course.exercises import EXERCISES, Array, Endless, Exercise, Problem
 
 __all__ = ["Verdict", "check"]
 

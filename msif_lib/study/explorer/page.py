@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msif_lib.study.datasets import TwoStageData
-from msif_lib.study.experiment import LABELS, Case, Trained
+from msif_lib.study.data.datasets import TwoStageData
+from msif_lib.study.experiments.experiment import LABELS, Case, Trained
 
 #: What the reader can switch between: the name, and the case whose retrainings are its truth.
 METHODS: dict[str, tuple[str, Case]] = {
@@ -120,7 +120,7 @@ def fragment(values: Mapping[str, Any]) -> str:
         Style, a table for readers without scripts, the values as JSON, and the script.
     """
     parts = {
-        ending: Path(__file__).with_suffix(f".{ending}").read_text(encoding="utf-8")
+        ending: Path(__file__).with_name(f"explorer.{ending}").read_text(encoding="utf-8")
         for ending in ("html", "css", "js")
     }
     # A closing tag within a string would end the script.

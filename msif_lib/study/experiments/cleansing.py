@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from msif_lib.retraining import RetrainingSettings, retrain_without
-from msif_lib.study.datasets import TwoStageData
-from msif_lib.study.experiment import Case, Trained
+from msif_lib.study.data.datasets import TwoStageData
+from msif_lib.study.experiments.experiment import Case, Trained
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msif_lib.study.datasets import DataFileError, data_folder
+from msif_lib.study.data.datasets import DataFileError, data_folder
 
 NAMES = ("pydoc", "news", "gop")
 

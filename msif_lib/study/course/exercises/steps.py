@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from msif_lib.study.exercises.problem import Array, Exercise, Problem, definite, tensor
+from msif_lib.study.course.exercises.problem import Array, Exercise, Problem, definite, tensor
 
 
 @dataclass(frozen=True)

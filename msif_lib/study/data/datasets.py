@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msif_lib.study.torchvision_cpu import import_torchvision
+from msif_lib.study.data.torchvision_cpu import import_torchvision
 
 T = TypeVar("T")
 

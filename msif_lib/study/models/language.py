@@ -7,7 +7,7 @@ the left chain and the previous one from the right chain with one shared softmax
 the layers, averages over the tokens and classifies.
 
 Fused recurrent kernels have neither second derivatives nor forward mode; the recurrence of
-:mod:`msif_lib.study.recurrence` has both.
+:mod:`msif_lib.study.models.recurrence` has both.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from msif_lib.study.models import seeded
-from msif_lib.study.recurrence import chains, chains_plainly
+from msif_lib.study.models.networks import seeded
+from msif_lib.study.models.recurrence import chains, chains_plainly
 
 # Token ids. The padding token is also the one that losses leave out.
 PADDING, START, END, UNKNOWN = range(4)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from msif_lib.study.exercises.problem import (
+from msif_lib.study.course.exercises.problem import (
     Array,
     Endless,
     Exercise,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from msif_lib.influence import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
 from msif_lib.solvers import MinRes, Solver
 from msif_lib.stage import Stage, cross_entropy
-from msif_lib.study.datasets import TwoStageData, two_stages
-from msif_lib.study.models import build_model
+from msif_lib.study.data.datasets import TwoStageData, two_stages
+from msif_lib.study.models.networks import build_model
 from msif_lib.training import TrainingReport, train_kept
 
 Case = Literal["fixed", "updated"]
@@ -34,7 +34,7 @@ class Setting:
     Attributes
     ----------
     architecture, widths, head
-        As for :func:`msif_lib.study.models.build_model`.
+        As for :func:`msif_lib.study.models.networks.build_model`.
     l2_pretrain, l2_finetune
         Weight decay of each stage.
     alpha
@@ -125,10 +125,10 @@ def try_out(
     Parameters
     ----------
     dataset, pretrain_classes, finetune_classes, pretrain_size, finetune_size, test_size
-        As for :func:`msif_lib.study.datasets.two_stages`.
+        As for :func:`msif_lib.study.data.datasets.two_stages`.
     architecture, networks
-        As for :func:`msif_lib.study.models.build_model`, which is called with each of the widths
-        in `networks`.
+        As for :func:`msif_lib.study.models.networks.build_model`, which is called with each of the
+        widths in `networks`.
 
     Returns
     -------

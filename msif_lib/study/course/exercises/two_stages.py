@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from msif_lib.study.exercises.problem import (
+from msif_lib.study.course.exercises.problem import (
     Array,
     Exercise,
     Problem,

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msif_lib.study.datasets import TwoStageData
+from msif_lib.study.data.datasets import TwoStageData
 
 
 def balanced(labels: Tensor, size: int | None = None) -> Tensor:

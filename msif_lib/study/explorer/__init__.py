@@ -1,0 +1,1 @@
+"""The explorer, a figure that the reader can touch."""
