@@ -27,11 +27,13 @@ from msif_lib.study import parameters, runner
 from msif_lib.study.parameters import (
     EVERYWHERE,
     Parameter,
+    Parameters,
     check_parameters,
     declared,
     type_fault,
     unknown_fault,
 )
+from msif_lib.study.records import read_record
 from msif_lib.study.runner import (
     ROOT,
     Notebook,
@@ -94,7 +96,7 @@ def test_the_check_comes_before_any_other_work(name: str) -> None:
     """In the first cell, after imports and definitions alone."""
     for statement in ast.parse(code_of(NOTEBOOKS[name])[1]).body:
         text = ast.unparse(statement)
-        if text.startswith("check_parameters(globals()"):
+        if text.removeprefix("given = ").startswith("check_parameters(globals()"):
             return
         assert isinstance(statement, ast.Import | ast.ImportFrom | ast.FunctionDef) or (
             text == "figures.use_style()"
@@ -110,7 +112,7 @@ def test_the_parameters_cell_is_found_again_among_all_cells(name: str) -> None:
     (call,) = (
         node.value
         for node in ast.parse(cells[1]).body
-        if ast.unparse(node).startswith("check_parameters(")
+        if ast.unparse(node).removeprefix("given = ").startswith("check_parameters(")
     )
     used = {name for one in call.args[1:] for name in parameters._names(one.value)}
     known, injected = parameters._cells(["", *own], used)
@@ -138,37 +140,43 @@ WRONG = [
     # Types, as papermill and YAML make them.
     (
         "correlation",
-        {"renormalise": p("false")},
-        "parameter renormalise must be bool, but is 'false' (str); "
+        {"renormalise": p("never")},
+        "parameter renormalise must be bool, but is 'never' (str); "
         "write -p renormalise True or -p renormalise False, in YAML true or false",
     ),
     ("correlation", {"renormalise": p("0")}, "parameter renormalise must be bool, but is 0 (int)"),
-    ("nlp", {"smooth": p("no")}, "parameter smooth must be bool, but is 'no' (str)"),
+    ("nlp", {"smooth": p("0.0")}, "parameter smooth must be bool, but is 0.0 (float)"),
     (
         "correlation",
-        {"solver_tol": y("1e-6")},
-        "parameter solver_tol must be float, but is '1e-6' (str); "
-        "YAML reads 1e-6 as text, write 1.0e-6",
+        {"solver_tol": p("tiny")},
+        "parameter solver_tol must be float, but is 'tiny' (str)",
     ),
-    ("nlp", {"retrain_tol": y("1e6")}, "YAML reads 1e6 as text, write 1.0e+6"),
-    ("nlp", {"dampings": y("[0.1, 2.5e3]")}, "YAML reads 2.5e3 as text, write 2.5e+3"),
     (
         "correlation",
-        {"paper_damping": y("[0.0, 1e-4]")},
-        "parameter paper_damping must be list[float], but is [0.0, '1e-4'] (list); "
-        "YAML reads 1e-4 as text, write 1.0e-4",
+        {"solver_tol": y("1e-6x")},
+        "parameter solver_tol must be float, but is '1e-6x' (str)",
+    ),
+    (
+        "nlp",
+        {"dampings": y("[0.1, low]")},
+        "parameter dampings must be list[float], but is [0.1, 'low']",
     ),
     (
         "cleansing",
         {"seeds": p("5")},
-        "parameter seeds must be list, but is 5 (int); "
-        "papermill's -p passes no lists, write -y 'seeds: [...]'",
+        "parameter seeds must be list, but is 5 (int); write a list, such as -y 'seeds: [...]'",
     ),
-    ("similarity", {"tasks": p("[[0, 1]]")}, "passes no lists, write -y 'tasks: [...]'"),
+    ("similarity", {"tasks": p("[[0, 1]")}, "write a list, such as -y 'tasks: [...]'"),
     ("similarity", {"tasks": y("[2, 3]")}, "parameter tasks must be list[list[int]]"),
     ("explorer", {"widths": y("[2, 4.5]")}, "parameter widths must be list[int]"),
     ("misclassified", {"ends": p("5.0")}, "must be int, but is 5.0 (float); write 5"),
-    ("misclassified", {"neighbours": "10"}, "write the number without quotes, and -p in place"),
+    (
+        "misclassified",
+        {"neighbours": "ten"},
+        "parameter neighbours must be int, but is 'ten' (str)",
+    ),
+    ("misclassified", {"neighbours": "-1"}, "neighbours must not be negative, but is -1"),
+    ("misclassified", {"pretrain_size": "None or 5"}, "must be int or None, but is 'None or 5'"),
     ("misclassified", {"pretrain_size": p("all")}, "must be int or None, but is 'all' (str)"),
     ("misclassified", {"record": p("None")}, "parameter record must be str, but is None"),
     ("finetune_size", {"factor": True}, "parameter factor must be int, but is True (bool)"),
@@ -313,14 +321,61 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_made(tmp_path: Path) -
 
 
 def test_a_name_that_is_wrong_once_is_not_told_again() -> None:
-    assert len(refusal("correlation", {"removals": "50"}).splitlines()) == 1
+    assert len(refusal("correlation", {"removals": "many"}).splitlines()) == 1
 
 
-def looked_at(parameters_cell: str, *conditions: str, **more: Any) -> None:
+def looked_at(parameters_cell: str, *conditions: str, **more: Any) -> Parameters:
     namespace: dict[str, Any] = {"In": ["", parameters_cell, "check"]}
     exec(parameters_cell, namespace)
     namespace |= more
-    check_parameters(namespace, *conditions)
+    given = check_parameters(namespace, *conditions)
+    assert all(namespace[name] is value for name, value in given.items())
+    return given
+
+
+@pytest.mark.parametrize(
+    ("declaration", "value", "meant"),
+    [
+        ("x: bool = False", p("false"), False),
+        ("x: bool = True", p("no"), False),
+        ("x: bool = True", p("on"), True),
+        ("x: 'int or None' = 5", p("null"), None),
+        ("x: 'int or None' = 5", "None", None),
+        ("x: int = 5", "10", 10),
+        ("x: float = 1.0", y("1e-6"), 1e-6),
+        ("x: float = 1.0", y("1e6"), 1e6),
+        ("x: list = [1.0]", y("[0.1, 2.5e3]"), [0.1, 2500.0]),
+        ("x: list = [[1, 2]]", p("[[0, 1]]"), [[0, 1]]),
+        ("x: list = ['a']", p("[fixed]"), ["fixed"]),
+        ("x: str = ''", p("false"), "false"),
+        ("x: 'str or None' = None", p("null"), "null"),
+        ("x: int = None", None, None),
+        ("x: dict = {}", "{a: 1}", {"a": 1}),
+    ],
+)
+def test_a_text_becomes_what_was_meant(declaration: str, value: Any, meant: Any) -> None:
+    given = looked_at(declaration, x=value)
+    assert given["x"] == meant and type(given["x"]) is type(meant)
+
+
+def test_what_holds_everywhere_does_not_hold_for_none() -> None:
+    assert looked_at("hidden: int = None\ntrain_size: 'int or None' = 5", train_size=None)
+
+
+def test_all_parameters_but_places_stand_in_the_record(tmp_path: Path) -> None:
+    cell = "dataset = 'digits'\nm: 'int or None' = None\nseeds = [3, 4]\ndtype = 'float32'"
+    cell += "\nrecord = ''\ncheckpoint = ''"
+    seconds = looked_at(cell).write_record("4.1", {"r": 0.5})
+    assert seconds > 0 and list(tmp_path.iterdir()) == []
+    looked_at(cell, record="a/b.json", m="7").write_record("4.1", {"r": 0.5})
+    record = read_record(tmp_path / "a" / "b.json")
+    given = {"dataset": "digits", "m": 7, "seeds": [3, 4], "dtype": "float32"}
+    assert record["parameters"] == given
+    assert (record["dataset"], record["seeds"], record["section"]) == ("digits", [3, 4], "4.1")
+    assert record["values"] == {"r": 0.5} and record["provenance"]["dtype"] == "float32"
+    looked_at("record = ''\nseed = 1", record="c.json").write_record("2", {}, dataset="made up")
+    record = read_record(tmp_path / "c.json")
+    assert (record["dataset"], record["seeds"]) == ("made up", [1])
 
 
 def test_a_record_can_be_written_before_anything_is_computed(tmp_path: Path) -> None:
@@ -407,6 +462,8 @@ def test_without_the_parameters_cell_no_name_is_unknown() -> None:
         ("x = 1", ["int"]),
         ("x = 1.0", ["float"]),
         ("x = None", ["Any"]),
+        ("x: int = None", ["int", "None"]),
+        ("x: int = f(1)", ["int"]),
         ("x = f(1)", ["Any"]),
         ("x = [1, 2.5]", ["list[float]"]),
         ("x = [[1], [2]]", ["list[list]"]),
@@ -468,7 +525,7 @@ def test_what_holds_everywhere_names_its_parameter_alone() -> None:
 def test_papermill_itself_comes_to_the_refusal(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar"]
     command += [str(NOTEBOOKS["correlation"].path), "out.ipynb", "--cwd", str(tmp_path)]
-    wrong = ["-p", "renormalise", "false", "-p", "removal", "50", "-y", "solver_tol: 1e-6"]
+    wrong = ["-p", "renormalise", "maybe", "-p", "removal", "50", "-y", "solver_tol: 1e-6x"]
     run = subprocess.run(
         [*command, *wrong],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -478,9 +535,8 @@ def test_papermill_itself_comes_to_the_refusal(tmp_path: Path) -> None:
     assert run.returncode != 0
     for fault in (
         "unknown parameter removal; did you mean removals?",
-        "parameter renormalise must be bool, but is 'false' (str)",
-        "parameter solver_tol must be float, but is '1e-6' (str); YAML reads 1e-6 as text, write "
-        "1.0e-6",
+        "parameter renormalise must be bool, but is 'maybe' (str)",
+        "parameter solver_tol must be float, but is '1e-6x' (str)",
     ):
         assert fault in run.stderr
     executed = nbformat.read(tmp_path / "out.ipynb", as_version=4)

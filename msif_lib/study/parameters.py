@@ -1,4 +1,4 @@
-"""The parameters of a notebook: what its cell declares, and the check of what it is given.
+"""The parameters of a notebook: declared in a cell, checked before any work, kept in the record.
 
 A notebook's cell tagged ``parameters`` gives every parameter a default and, where the default does
 not say it all, a type. Values come from a profile of the runner, from papermill's ``-p`` and
@@ -6,7 +6,7 @@ not say it all, a type. Values come from a profile of the runner, from papermill
 
 papermill itself does not mind a name that nobody declared, nor a type: ``-p removal 50`` changes
 nothing, ``-p renormalise false`` gives the text "false", which Python takes as true, and
-``-y 'tol: 1e-6'`` a text too.
+``-y 'tol: 1e-6'`` a text too. Here such a text becomes the value that was meant, or is refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+
+from msif_lib.study.records import write_record
+
+#: Parameters that say where a notebook writes, or reads what others wrote.
+PLACES = ("record", "records", "results", "checkpoint")
 
 _INJECTED = "# Parameters"  # the first line of the cell that papermill puts in
 _LARGEST_SEED = 2**32 - 1  # of NumPy's legacy generators, which scikit-learn uses
@@ -38,7 +45,7 @@ EVERYWHERE = {
     "channels": "min(channels) > 0",
     "hidden": "hidden >= 1",
     "train_size": "train_size >= 1",
-    "test_size": "test_size is None or test_size >= 1",
+    "test_size": "test_size >= 1",
     "removals": "removals >= 3",  # a correlation needs three points
     "epochs": "epochs >= 1",
     "l2": "l2 > 0",  # else there may be no minimum
@@ -102,6 +109,8 @@ def declared(source: str) -> dict[str, Parameter]:
         if isinstance(target, ast.Name):
             default = _literal(statement.value)
             kinds = _kinds(annotation) if annotation else (_kind_of(default),)
+            if isinstance(statement.value, ast.Constant) and default is None and annotation:
+                kinds = tuple(dict.fromkeys((*kinds, "None")))
             if isinstance(default, list):  # tells what the entries of "list" are
                 kinds = tuple(_kind_of(default) if kind == "list" else kind for kind in kinds)
             found[target.id] = Parameter(target.id, kinds, default)
@@ -176,31 +185,51 @@ def _numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
-def _texts(value: Any) -> list[str]:
-    """Return the texts in a value, which may be a list of lists."""
+def meant(parameter: Parameter, value: Any) -> Any:
+    """Return what a text stands for where a parameter takes no text.
+
+    Parameters
+    ----------
+    parameter
+        The parameter.
+    value
+        What it is given. ``"false"`` may be False, ``"null"`` None, ``"[1, 2]"`` a list and
+        ``"1e-6"``, a text for YAML, a number; in a list as well.
+
+    Returns
+    -------
+    Any
+        The value itself where it is of a type declared, or where no reading of it is.
+    """
+    if any(_accepts(kind, value) for kind in parameter.kinds):
+        return value
+    for read in (yaml.safe_load, ast.literal_eval):
+        try:
+            found = _read(value, read)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, yaml.YAMLError):
+            continue
+        if any(_accepts(kind, found) for kind in parameter.kinds):
+            return found
+    return value
+
+
+def _read(value: Any, read: Callable[[str], Any]) -> Any:
+    """Return a value with the texts in it read as Python or YAML."""
     if isinstance(value, list | tuple):
-        return [text for entry in value for text in _texts(entry)]
-    return [value] if isinstance(value, str) else []
+        return [_read(entry, read) for entry in value]
+    return read(value) if isinstance(value, str) else value
 
 
 def _mend(parameter: Parameter, value: Any) -> str:
     """Return how to write a value of the right type, where that can be guessed."""
     outer = {kind.split("[")[0] for kind in parameter.kinds}
     name = parameter.name
-    for text in _texts(value):
-        scientific = re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", text)
-        if scientific:
-            whole, decimals, sign, exponent = scientific.groups()
-            number = f"{whole}{decimals or '.0'}e{sign or '+'}{exponent}"
-            return f"; YAML reads {text} as text, write {number}"
     if "bool" in outer:
         return f"; write -p {name} True or -p {name} False, in YAML true or false"
     if outer & {"list", "Sequence"} and not isinstance(value, list | tuple):
-        return f"; papermill's -p passes no lists, write -y '{name}: [...]'"
+        return f"; write a list, such as -y '{name}: [...]'"
     if "int" in outer and isinstance(value, float) and value.is_integer():
         return f"; write {value:.0f}"
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?", value):
-        return f"; this is text, write the number without quotes, and -p in place of -r: {value}"
     return ""
 
 
@@ -223,9 +252,10 @@ def type_fault(parameter: Parameter, value: Any) -> str:
     Returns
     -------
     str
-        Empty where nothing is wrong: the value is of a type declared, its numbers are finite, and
-        none is negative if the default has none that is.
+        Empty where nothing is wrong: the value, or what a text stands for, is of a type declared,
+        its numbers are finite, and none is negative if the default has none that is.
     """
+    value = meant(parameter, value)
     is_list = isinstance(value, list | tuple)
     if not any(_accepts(kind, value) for kind in parameter.kinds):
         # Of a list it is an entry that is wrong, so the entries' type is told as well.
@@ -388,7 +418,68 @@ def _condition_fault(condition: str, namespace: dict[str, Any], names: Sequence[
     return fault
 
 
-def check_parameters(namespace: dict[str, Any], *conditions: str) -> None:
+class Parameters(Mapping[str, Any]):
+    """All parameters of a notebook, with the values that it runs with.
+
+    Parameters
+    ----------
+    values
+        Every parameter declared, by name.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._started = time.perf_counter()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def write_record(
+        self, section: str, values: Mapping[str, Any], dataset: str | None = None
+    ) -> float:
+        """Write what came out, with all parameters but `PLACES`, to the file named ``record``.
+
+        Parameters
+        ----------
+        section, values
+            As for :func:`msif_lib.study.records.write_record`.
+        dataset
+            The data set; by default the parameter of that name.
+
+        Returns
+        -------
+        float
+            Seconds since the parameters were checked. Nothing is written where ``record`` is empty
+            or no parameter.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :func:`msif_lib.study.records.write_record`.
+        """
+        seconds = time.perf_counter() - self._started
+        if self.get("record"):
+            write_record(
+                self["record"],
+                section,
+                self["dataset"] if dataset is None else dataset,
+                values,
+                {name: value for name, value in self.items() if name not in PLACES},
+                self["seeds"] if "seeds" in self else [self["seed"]] if "seed" in self else [],
+                seconds,
+                device=self.get("device", "cpu"),
+                dtype=getattr(torch, self.get("dtype", "float64")),
+            )
+        return seconds
+
+
+def check_parameters(namespace: dict[str, Any], *conditions: str) -> Parameters:
     """Refuse a notebook's parameters before any work is done with them.
 
     Call it in the first cell after the parameters. What the parameters cell declares and what
@@ -397,12 +488,18 @@ def check_parameters(namespace: dict[str, Any], *conditions: str) -> None:
     Parameters
     ----------
     namespace
-        The notebook's names: ``globals()``.
+        The notebook's names: ``globals()``. A text that stands for a number, a truth value, None
+        or a list, where the parameter is of such a type, is replaced by it.
     conditions
         What must hold in this notebook, as Python: ``"0 < share < 1"``. A condition of the form
         ``"solver in ('cg', 'dense')"`` is told as a choice. One that calls what raises a
         ValueError is told in the error's words. A condition is left out where a type of what it
         names is wrong already.
+
+    Returns
+    -------
+    given : Parameters
+        All of them with their values, to be handed to the record as a whole.
 
     Raises
     ------
@@ -413,17 +510,24 @@ def check_parameters(namespace: dict[str, Any], *conditions: str) -> None:
 
     Notes
     -----
-    Without IPython, as in a notebook turned into a script, only the conditions are looked at.
+    Without IPython, as in a notebook turned into a script, only the conditions are looked at, and
+    a record holds no parameters.
     """
     used = {name for condition in conditions for name in _names(condition)}
     known, injected = _cells(namespace.get("In", ()), used)
     faults = [fault for name in injected if known and (fault := unknown_fault(known, name))]
     wrong = set()
     for name, parameter in known.items():
-        if name in namespace and (fault := type_fault(parameter, namespace[name])):
+        if name not in namespace:
+            continue
+        if fault := type_fault(parameter, namespace[name]):
             faults.append(fault)
             wrong.add(name)
-    for condition in [*(EVERYWHERE[name] for name in known if name in EVERYWHERE), *conditions]:
+        namespace[name] = meant(parameter, namespace[name])
+    everywhere = [
+        EVERYWHERE[name] for name in known if namespace.get(name) is not None and name in EVERYWHERE
+    ]
+    for condition in [*everywhere, *conditions]:
         names = [name for name in _names(condition) if name in known]
         if wrong.isdisjoint(names) and (fault := _condition_fault(condition, namespace, names)):
             faults.append(fault)
@@ -434,3 +538,4 @@ def check_parameters(namespace: dict[str, Any], *conditions: str) -> None:
             faults += [fault] if (fault := look(name, namespace[name])) else []
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))
+    return Parameters({name: namespace[name] for name in known if name in namespace})

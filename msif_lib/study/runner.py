@@ -56,7 +56,7 @@ from filelock import FileLock, Timeout
 
 from msif_lib.study.copies import put, read_known, sealed, sum_of
 from msif_lib.study.imports import code_of, files_beside, imported_files
-from msif_lib.study.parameters import Parameter, declared, type_fault, unknown_fault
+from msif_lib.study.parameters import PLACES, Parameter, declared, type_fault, unknown_fault
 from msif_lib.support.atomic import clear
 from msif_lib.support.lifeline import Children, command
 
@@ -77,8 +77,6 @@ PACKAGES = (
     "myst-nb",
 )
 HEARTBEAT = 60.0  # seconds between two lines on a notebook that is still running
-# Parameters that say where a notebook writes, or reads what others wrote.
-PLACES = ("record", "records", "results", "checkpoint")
 _ROOM = 1_000_000  # bytes that a copy may take
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
