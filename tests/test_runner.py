@@ -89,7 +89,7 @@ def test_unknown_parameter_is_refused_by_name(project):
         ("dataset", "3", "must be str, but is 3 (int)"),
         ("solver", "3", "must be str or None, but is 3 (int)"),
         ("classes", "3", "must be list, but is 3 (int)"),
-        ("alpha", "1e-4", "YAML reads 1e-4 as text, write 1.0e-4"),
+        ("alpha", "small", "must be float, but is 'small' (str)"),
     ],
 )
 def test_wrong_type_is_refused(project, name, value, expected):
@@ -100,7 +100,14 @@ def test_wrong_type_is_refused(project, name, value, expected):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("alpha", 1), ("alpha", 1e-4), ("solver", None), ("solver", "cg"), ("classes", [2, 3])],
+    [
+        ("alpha", 1),
+        ("alpha", 1e-4),
+        ("alpha", "1e-4"),
+        ("solver", None),
+        ("solver", "cg"),
+        ("classes", [2, 3]),
+    ],
 )
 def test_right_type_is_accepted(project, name, value):
     (notebook,) = runner.find_notebooks(project, ["experiment"])

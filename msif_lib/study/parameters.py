@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import yaml
 
+from msif_lib.study.own import OWN, is_own, own_function
 from msif_lib.study.records import write_record
 
 #: Parameters that say where a notebook writes, or reads what others wrote.
@@ -387,6 +388,15 @@ _FAULTS = {
 }
 
 
+def _own_fault(name: str, place: str) -> str:
+    """Return why the user's own function cannot be called."""
+    try:
+        own_function(name, place)
+    except ValueError as error:
+        return f"parameter {error}"
+    return ""
+
+
 def _names(condition: str) -> list[str]:
     """Return the names in a condition, in their order."""
     nodes = [node for node in ast.walk(ast.parse(condition)) if isinstance(node, ast.Name)]
@@ -410,6 +420,8 @@ def _condition_fault(condition: str, namespace: dict[str, Any], names: Sequence[
         return f"{fault} ({error})"
     body = ast.parse(condition, mode="eval").body
     if isinstance(body, ast.Compare) and isinstance(body.ops[0], ast.In) and len(names) == 1:
+        if names[0] in OWN and is_own(namespace[names[0]]):
+            return _own_fault(names[0], namespace[names[0]])
         choices = list(eval(ast.unparse(body.comparators[0]), namespace))
         value = namespace[names[0]]
         near = difflib.get_close_matches(str(value), map(str, choices), n=1)
@@ -492,7 +504,8 @@ def check_parameters(namespace: dict[str, Any], *conditions: str) -> Parameters:
         or a list, where the parameter is of such a type, is replaced by it.
     conditions
         What must hold in this notebook, as Python: ``"0 < share < 1"``. A condition of the form
-        ``"solver in ('cg', 'dense')"`` is told as a choice. One that calls what raises a
+        ``"solver in ('cg', 'dense')"`` is told as a choice, beside which those named in
+        `msif_lib.study.own.OWN` may be a function of the user's. One that calls what raises a
         ValueError is told in the error's words. A condition is left out where a type of what it
         names is wrong already.
 

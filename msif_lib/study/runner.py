@@ -56,6 +56,7 @@ from filelock import FileLock, Timeout
 
 from msif_lib.study.copies import put, read_known, sealed, sum_of
 from msif_lib.study.imports import code_of, files_beside, imported_files
+from msif_lib.study.own import OWN, is_own
 from msif_lib.study.parameters import PLACES, Parameter, declared, type_fault, unknown_fault
 from msif_lib.support.atomic import clear
 from msif_lib.support.lifeline import Children, command
@@ -461,7 +462,8 @@ def is_current(root: Path, profile: str, notebook: Notebook, parameters: dict[st
         What the profile gives it.
     """
     known = read_known(executed_path(root, profile, notebook))
-    if known is None:
+    # What the user's own functions depend on is not seen, so that they are called every time.
+    if known is None or any(is_own(parameters.get(name)) for name in OWN):
         return False
     record = _record_of(notebook, parameters)
     if record is not None and known.get("record") != sum_of(record):

@@ -20,6 +20,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import math
 import os
 import pickle
 import shutil
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from msif_lib.study.data.torchvision_cpu import import_torchvision
+from msif_lib.study.own import is_own, own_function
 
 T = TypeVar("T")
 
@@ -513,8 +515,10 @@ def load_images(name: str) -> ImageData:
 
     Parameters
     ----------
-    name : {"digits", "mnist", "cifar10"}
-        The data set.
+    name : {"digits", "mnist", "cifar10"} or "module:function"
+        The data set. A function of the user's takes nothing and returns four arrays or tensors:
+        training images of shape (N, channels, height, width), their class numbers (N,) from 0, and
+        the same two of the test set.
 
     Returns
     -------
@@ -524,14 +528,51 @@ def load_images(name: str) -> ImageData:
     Raises
     ------
     ValueError
-        If there is no data set of that name.
+        If there is no data set of that name, or the user's function gives something else.
     DataFileError
         If a file is missing, broken or half-downloaded, could not be downloaded, or the cache
         cannot be written.
     """
+    if is_own(name):
+        return _load_own(name)
     if name not in _LOADERS:
         raise ValueError(f"dataset must be one of {NAMES}, got {name!r}")
     return _LOADERS[name]()
+
+
+def _load_own(name: str) -> ImageData:
+    """Load the user's images: four arrays, with mean and deviation of the training set."""
+    made = own_function("dataset", name)()
+    try:
+        pixels, targets, test_pixels, test_targets = map(torch.as_tensor, made)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"dataset = {name!r} must return training images, their class numbers, test images "
+            f"and their class numbers ({error})"
+        ) from error
+    for images, labels in ((pixels, targets), (test_pixels, test_targets)):
+        if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+            raise ValueError(
+                f"dataset = {name!r} must return images of shape (N, channels, height, width) "
+                f"and class numbers (N,), got {tuple(images.shape)} and {tuple(labels.shape)}"
+            )
+        if labels.is_floating_point() or labels.min() < 0:
+            raise ValueError(f"dataset = {name!r}: class numbers must be integers from 0")
+    white = max(1, math.ceil(pixels.max()))
+    scaled = pixels.double() / white
+    return ImageData(
+        name=name,
+        train_pixels=pixels,
+        train_targets=targets.long(),
+        test_pixels=test_pixels,
+        test_targets=test_targets.long(),
+        class_names=tuple(str(number) for number in range(int(targets.max()) + 1)),
+        white=white,
+        mean=tuple(scaled.mean((0, 2, 3)).tolist()),
+        # A channel of one value is only centred.
+        std=tuple(value or 1.0 for value in scaled.std((0, 2, 3)).tolist()),
+        source=f"the user's own, {name}",
+    )
 
 
 def _draw(
@@ -579,11 +620,11 @@ def two_stages(
 
     Parameters
     ----------
-    name : {"digits", "mnist", "cifar10"}
-        The data set.
+    name : {"digits", "mnist", "cifar10"} or "module:function"
+        The data set, as for `load_images`.
     pretrain_classes, finetune_classes : sequence of int, optional
         Classes of each stage. By default the paper's: digits 0-3, then 4-9; on CIFAR-10 bird and
-        frog, then the other eight.
+        frog, then the other eight. Of the user's own data the first half, then the others.
     pretrain_size, finetune_size, test_size : int, optional
         Number of examples; by default all that there are.
     seed : int
@@ -605,7 +646,9 @@ def two_stages(
         As `load_images`.
     """
     images = load_images(name)
-    defaults = DEFAULT_CLASSES[name]
+    half = len(images.class_names) // 2
+    classes = range(len(images.class_names))
+    defaults = DEFAULT_CLASSES.get(name, (tuple(classes[:half]), tuple(classes[half:])))
     pretrain_labels = tuple(defaults[0] if pretrain_classes is None else pretrain_classes)
     finetune_labels = tuple(defaults[1] if finetune_classes is None else finetune_classes)
     for argument, labels in (

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msif_lib.study.own import is_own, own_function
+
 ARCHITECTURES = ("cnn", "mlp")
 HEADS = ("linear", "mlp")
 
@@ -329,6 +331,25 @@ def feature_count(embedding: nn.Module, image_shape: Sequence[int]) -> int:
         return int(embedding(parameter.new_zeros(1, *image_shape)).shape[1])
 
 
+def _own_embedding(
+    architecture: str, image_shape: Sequence[int], widths: Sequence[int] | None
+) -> nn.Module:
+    """Make the user's embedding and see what it gives for two images."""
+    embedding = own_function("architecture", architecture)(tuple(image_shape), widths)
+    wanted = f"architecture = {architecture!r} must return an nn.Module with parameters"
+    if not isinstance(embedding, nn.Module) or not list(embedding.parameters()):
+        raise ValueError(f"{wanted}, got {type(embedding).__name__}")
+    parameter = next(embedding.parameters())
+    try:
+        with torch.no_grad():
+            shape = tuple(embedding(parameter.new_zeros(2, *image_shape)).shape)
+    except RuntimeError as error:
+        raise ValueError(f"{wanted} that takes images of {tuple(image_shape)}: {error}") from error
+    if len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"{wanted} that gives (B, features), got {shape} for two images")
+    return embedding
+
+
 def build_model(
     architecture: str,
     head: str,
@@ -339,13 +360,14 @@ def build_model(
     dtype: torch.dtype = torch.float64,
     widths: Sequence[int] | None = None,
     head_hidden: int = 8,
-) -> tuple[nn.Sequential, nn.Module, nn.Module]:
+) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Embedding and the heads of both stages, each initialised from its own seed.
 
     Parameters
     ----------
-    architecture : {"cnn", "mlp"}
-        The embedding: `tanh_cnn` or `tanh_mlp`.
+    architecture : {"cnn", "mlp"} or "module:function"
+        The embedding: `tanh_cnn`, `tanh_mlp`, or what a function of the user's makes of
+        `image_shape` and `widths`: a module from (B, channels, height, width) to (B, features).
     head : {"linear", "mlp"}
         Kind of both heads: `linear_head` or `mlp_head`.
     image_shape : sequence of int
@@ -370,10 +392,14 @@ def build_model(
     Raises
     ------
     ValueError
-        If the architecture or the head is not one of those named.
+        If the architecture or the head is not one of those named, or the user's function makes
+        something else.
     """
-    embedding: nn.Sequential
-    if architecture == "cnn":
+    embedding: nn.Module
+    if is_own(architecture):
+        with seeded(3 * seed):
+            embedding = _own_embedding(architecture, image_shape, widths).to(dtype)
+    elif architecture == "cnn":
         embedding = tanh_cnn(image_shape, widths or (6, 8), seed=3 * seed, dtype=dtype)
     elif architecture == "mlp":
         embedding = tanh_mlp(image_shape, widths or (8, 8), seed=3 * seed, dtype=dtype)
