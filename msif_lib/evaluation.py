@@ -362,7 +362,11 @@ def _estimate(
 
 
 def linear_datamodeling_score(
-    predicted: ArrayLike, actual: ArrayLike, *, confidence: float = 0.95
+    predicted: ArrayLike,
+    actual: ArrayLike,
+    *,
+    against: ArrayLike | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Linear datamodeling score (Park et al. 2023): rank agreement over random subsets.
 
@@ -391,6 +395,9 @@ def linear_datamodeling_score(
         (:meth:`msif_lib.scores.Scores.group_effect`).
     actual
         The effect measured by retraining, of the same shape.
+    against
+        Other predictions of the same effects. Then the value is how far the score of `predicted` is
+        above theirs, with the interval of paired differences.
     confidence
         Level of the interval. Over two or three seeds it is wide: Student's t is 12.7 and 4.3.
 
@@ -406,7 +413,15 @@ def linear_datamodeling_score(
         Unequal shapes, no seed or functional, fewer than three removals, values that are not
         finite, or effects on some functional that are constant, if need be without one removal.
     """
-    return _estimate(_spearman, _by_functional(predicted, actual), confidence, -1, 1)
+    samples = _by_functional(predicted, actual)
+    if against is None:
+        return _estimate(_spearman, samples, confidence, -1, 1)
+
+    def above(x: NDArray[np.float64], other: NDArray[np.float64], y: NDArray[np.float64]) -> Any:
+        return _spearman(x, y) - _spearman(other, y)
+
+    other, _ = _by_functional(against, actual)
+    return _estimate(above, (samples[0], other, samples[1]), confidence, -2, 2)
 
 
 def fidelity(

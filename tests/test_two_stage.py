@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.two_stage import bank, judge, settings
+from benchmarks.two_stage import bank, choices, judge, settings
 from benchmarks.two_stage.__main__ import main
 from benchmarks.two_stage.methods import METHODS, Predictions, register
 from benchmarks.two_stage.settings import SETTINGS, SHARES, Recipe, perceptron, problem
@@ -138,8 +138,8 @@ def perfect(judged):
 
 def test_rows_say_how_well_and_by_how_much(perfect, judged, monkeypatch):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
-    rows, failed = judge.judge("tiny", perfect, [0, 1])
-    assert failed == []
+    bench = judge.Bench("tiny", [0, 1], {})
+    rows = [row for method in perfect for row in bench.rows(method)]
     same = {(row["method"], row["share"]): row for row in rows if row["reading"] == "same seed"}
     assert set(same) == {("perfect", share) for share in SHARES} | {("reversed", 0.5)}
     for share in SHARES:
@@ -248,9 +248,28 @@ def test_other_draws_share_few_examples_where_there_are_many():
             assert len(common) < 0.15 * len(one[0])
 
 
-def test_what_fails_and_what_is_given_is_said(judged, monkeypatch):
+@pytest.fixture
+def recorded(judged, monkeypatch):
+    """A bank that two seeds are read from."""
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
+    monkeypatch.setattr(bank, "seeds_of", lambda name: [0, 1])
+    monkeypatch.setattr(bank, "sha256", lambda name, seed: f"of {seed}")
 
+
+@pytest.fixture
+def methods():
+    """Adds methods that are gone after the test."""
+    before = set(METHODS)
+    yield lambda name, function, **how: register(name, **how)(function) and METHODS[name]
+    for name in set(METHODS) - before:
+        del METHODS[name]
+
+
+def values_of(path):
+    return json.loads(path.read_text())["values"]
+
+
+def test_what_fails_and_what_is_given_is_said(judged, recorded, methods):
     def known(problem, share, left_out, given):
         assert [len(one) for one in given] == [3, 3]
         return judged[problem.seed].judged(share)[1]
@@ -258,43 +277,93 @@ def test_what_fails_and_what_is_given_is_said(judged, monkeypatch):
     def failing(problem):
         raise FloatingPointError("no number came out")
 
-    register("given", of_subsets=True, trainings=28)(known)
-    register("failing")(failing)
-    try:
-        rows, failed = judge.judge("tiny", [METHODS["given"], METHODS["failing"]], [0, 1])
-    finally:
-        del METHODS["given"], METHODS["failing"]
-    assert failed == [{"method": "failing", "says": "no number came out"}]
-    assert all(28 < row["trainings"] < 29 for row in rows)
+    asked = [
+        methods("given", known, of_subsets=True, trainings=28),
+        methods("failing", failing),
+        methods("undecided", lambda problem, value: None, tried=(1.0, 2.0)),
+    ]
+    values = values_of(judge.write("tiny", asked))
+    first, second = values["failed"]
+    assert first == {"method": "failing", "says": "no number came out"}
+    assert "two_stage choose tiny" in second["says"]
+    assert all(28 < row["trainings"] < 29 for row in values["rows"])
 
 
-def test_bank_of_another_training_is_refused(tiny, judged, perfect, monkeypatch):
+def test_bank_of_another_training_is_refused(tiny, judged, monkeypatch):
     monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
     first, second = tiny.recipes
     other = dataclasses.replace(tiny, recipes=(first._replace(l2=0.05), second))
     monkeypatch.setitem(SETTINGS, "tiny", other)
     with pytest.raises(ValueError, match="seed 0, is of another training"):
-        judge.judge("tiny", perfect, [0])
+        judge.Bench("tiny", [0], {})
 
 
-def test_record_has_a_row_for_each_method_and_share(perfect, judged, monkeypatch, tmp_path):
-    monkeypatch.setattr(bank, "read", lambda name, seed: judged[seed])
-    monkeypatch.setattr(bank, "seeds_of", lambda name: [0, 1])
-    monkeypatch.setattr(bank, "sha256", lambda name, seed: f"of {seed}")
-    path = judge.write("tiny", perfect)
-    values = json.loads(path.read_text())["values"]
+def test_record_has_a_row_for_each_method_and_share(perfect, recorded):
+    values = values_of(judge.write("tiny", perfect))
     assert {row["method"] for row in values["rows"]} == {"perfect", "reversed"}
     assert len(values["ceilings"]) == 2 and values["pretraining examples"] == 80
     assert all(set(row["lds"]) == {"value", "low", "high"} for row in values["rows"])
-    # Judged alone, a method's rows take the place of its own.
-    judge.write("tiny", perfect[1:])
-    again = json.loads(path.read_text())["values"]["rows"]
-    with pytest.raises(ValueError, match="by another bank"):
-        monkeypatch.setattr(bank, "seeds_of", lambda name: [0])
-        judge.write("tiny", perfect[1:])
-    others = [row for row in values["rows"] if row["method"] != "reversed"]
-    assert again[: len(others)] == others and len(again) == len(values["rows"])
-    assert {row["method"] for row in again[len(others) :]} == {"reversed"}
+
+
+def test_judging_goes_on_and_repeats_what_changed(recorded, methods, monkeypatch):
+    calls = []
+
+    def counting(name):
+        def function(problem, *value):
+            calls.append((name, problem.seed, *value))
+            return torch.randn(80, 7, generator=torch.Generator().manual_seed(3)).double()
+
+        return function
+
+    plain = methods("plain", counting("plain"))
+    open_ = methods("open", counting("open"), tried=(1.0, 2.0))
+    monkeypatch.setattr(choices, "chosen", lambda name: {"open": 2.0})
+    path = judge.write("tiny", [plain])
+    assert calls == [("plain", 0), ("plain", 1)]
+    judge.write("tiny", [plain, open_])
+    assert calls[2:] == [("open", 0, 2.0), ("open", 1, 2.0)]
+    before = values_of(path)
+    judge.write("tiny", [plain, open_])
+    assert len(calls) == 4 and values_of(path) == before
+    # Another choice, other code, another bank.
+    monkeypatch.setattr(choices, "chosen", lambda name: {"open": 1.0})
+    judge.write("tiny", [plain, open_])
+    assert calls[4:] == [("open", 0, 1.0), ("open", 1, 1.0)]
+    monkeypatch.setattr(judge, "code", lambda: "of tomorrow")
+    judge.write("tiny", [plain])
+    assert calls[6:] == [("plain", 0), ("plain", 1)]
+    assert {row["code"] for row in values_of(path)["rows"] if row["method"] == "plain"} == {
+        "of tomorrow"
+    }
+    monkeypatch.setattr(bank, "sha256", lambda name, seed: "of another")
+    judge.write("tiny", [plain])
+    assert {row["method"] for row in values_of(path)["rows"]} == {"plain"}
+
+
+def test_value_is_chosen_by_the_score_on_other_seeds(tiny, methods, monkeypatch):
+    seen = []
+
+    def function(problem, value):
+        """Right but for noise, of which a value of 0 adds none."""
+        seen.append(problem.seed)
+        if value == 3:
+            raise FloatingPointError("no number came out")
+        exact = METHODS["unrolled → unrolled"].function(problem)
+        noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).double()
+        return exact + value * 100 * exact.std() * noise
+
+    asked = [methods("noisy", function, tried=(3, 1, 0)), methods("settled", lambda of: None)]
+    path = choices.write("tiny", asked)
+    (found,) = values_of(path)["methods"]
+    assert found["method"] == "noisy" and found["chosen"] == 0
+    assert found["scores"]["3"] is None and found["scores"]["0"] > found["scores"]["1"]
+    assert set(seen) == {100, 101} and choices.chosen("tiny") == {"noisy": 0}
+    rates = values_of(path)["rates"]
+    assert [row["factor"] for row in rates] == [0.5, 1.0, 2.0]
+    assert rates[1]["lds"] == pytest.approx(found["scores"]["0"], rel=1e-12)
+    assert len({row["accuracy"] for row in rates}) > 1
+    with pytest.raises(ValueError, match="fails on tiny with each"):
+        choices.choose("tiny", [methods("broken", function, tried=(3,))])
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -2,8 +2,10 @@
 
     list                    settings and methods
     train SETTING ...       make the bank of settings, by retraining; goes on where it stopped
+    choose SETTING ...      choose what methods leave open, on seeds that are not reported; writes
+                            results/two_stage/choices/SETTING.json
     judge SETTING ...       judge every registered method, or --methods; writes
-                            results/two_stage/SETTING.json, in which other methods' rows stay
+                            results/two_stage/SETTING.json and goes on where it stopped
     smoothness              what makes training smoother; writes results/two_stage/smoothness.json
     score FILE [SETTING ..] judge scores in FILE.npz, or the methods that FILE.py registers
 
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 # Importing them registers their methods.
-from benchmarks.two_stage import bank, baselines, budget, exact, implicit, judge  # noqa: F401
+from benchmarks.two_stage import bank, baselines, budget, choices, exact, implicit, judge  # noqa: F401
 from benchmarks.two_stage.methods import METHODS
 from benchmarks.two_stage.settings import SETTINGS
 
@@ -35,10 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list")
     commands.add_parser("smoothness")
-    train, judged = commands.add_parser("train"), commands.add_parser("judge")
-    scored = commands.add_parser("score")
+    train, choosing, judged, scored = (
+        commands.add_parser(name) for name in ("train", "choose", "judge", "score")
+    )
     scored.add_argument("file", type=Path)
-    for command in (train, judged, scored):
+    for command in (train, choosing, judged, scored):
         command.add_argument("settings", nargs="*", metavar="SETTING", help="by default all")
     train.add_argument("--jobs", type=int, default=None, help="processes")
     judged.add_argument("--methods", nargs="+", choices=METHODS)
@@ -61,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in chosen:
             for path in bank.make(name, range(SETTINGS[name].seeds), jobs=options.jobs):
                 print(path)
+    elif options.command == "choose":
+        for name in chosen:
+            print(choices.write(name, list(METHODS.values())))
     elif options.command == "judge":
         for name in chosen:
             asked = options.methods or list(METHODS)
@@ -80,7 +86,9 @@ def _scored(file: Path, settings: list[str]) -> list[dict]:
         seeds = bank.seeds_of(name)
         if seeds:
             said = {"setting": name, "seeds": f"{len(seeds)} of {SETTINGS[name].seeds}"}
-            rows += [{**said, **row} for row in judge.judge(name, new, seeds)[0]]
+            values = {one["method"]: one["chosen"] for one in choices.choose(name, new)}
+            bench = judge.Bench(name, seeds, values)
+            rows += [{**said, **row} for method in new for row in bench.rows(method)]
     return rows
 
 

@@ -23,7 +23,6 @@ from benchmarks.two_stage.methods import by_steps, of_words, register
 from benchmarks.two_stage.settings import Problem
 from msif_lib.study.data.texts import bm25
 
-_PROJECTION = 128
 # Numbers of words below this are padding, starts, ends and what the vocabulary has not.
 _FIRST_WORD = 4
 
@@ -101,24 +100,22 @@ def trak_scores(margins: Tensor, losses: Tensor, tested: Tensor) -> Tensor:
     return -torch.expm1(-losses)[:, None] * (margins @ (inverse @ tested))
 
 
-@register("TRAK, one model", scaled=False)
-def trak(of: Problem) -> Tensor:
+@register("TRAK, one model", scaled=False, tried=(16, 32, 64, 128, 256, 512, 1024))
+def trak(of: Problem, size: float) -> Tensor:
     """TRAK (Park et al. 2023) of the pretraining set, with one model.
 
     The output is the margin log(p/(1 − p)) of an example's label, p = e^(−ℓ), whose gradient by the
     embedding is −∇_W ℓ / (1 − p); of a sentence, of which several words are told, p is their
     geometric mean. Gradients are projected by a random matrix, the functionals' losses' too, and
     dq/dw_i = ∇_W qᵀ P (ΦᵀΦ)⁺ φ_i (1 − p_i). Its ensemble of models trained on random halves would
-    cost that many further trainings, and is left out. Of projections to 16, 32, … 1024 numbers
-    128 was chosen, by the datamodeling score at a share of 0.05 on the seeds of choices, of
-    digits-sgd, digits-adamw and mnist-sgd.
+    cost that many further trainings, and is left out. The size of the projection is chosen.
     """
     losses = of.pretrain.example_losses()
     # An example of which nothing is told has no loss, and no gradient.
     given = torch.where(losses > 0, -torch.expm1(-losses), 1.0)
     gradients = torch.cat(list(example_gradients(of)))
-    margins = projected((-gradients / given[:, None]).T, _PROJECTION, of.seed).T
-    return trak_scores(margins, losses, projected(on_the_embedding(of), _PROJECTION, of.seed))
+    margins = projected((-gradients / given[:, None]).T, int(size), of.seed).T
+    return trak_scores(margins, losses, projected(on_the_embedding(of), int(size), of.seed))
 
 
 # --- no gradients --------------------------------------------------------------------------------

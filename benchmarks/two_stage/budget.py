@@ -1,8 +1,9 @@
 """The error budget: the exact derivative with one factor exchanged at a time.
 
 Each row leaves all else exact, so that what it loses against ``unrolled → unrolled`` is what this
-factor costs. Those of the paths take another link for a whole training, the others change what each
-step back takes (:mod:`benchmarks.two_stage.walks`).
+factor costs. Three rows of the table belong here too: ``stopped → unrolled``, ``optimum →
+unrolled`` and ``HYDRA``. Those of the paths take another link for a whole training, the others
+change what each step back takes (:mod:`benchmarks.two_stage.walks`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.two_stage.exact import optimum, stopped
+from benchmarks.two_stage.exact import stopped
 from benchmarks.two_stage.methods import by_steps, register
 from benchmarks.two_stage.settings import Problem
 from benchmarks.two_stage.walks import (
@@ -71,12 +72,6 @@ for _number, _name in enumerate(("pretraining", "finetuning")):
             register(f"{_name}: {_says}", only=by_steps, effort=2, group="budget")(
                 partial(exchanged, factor=_factor, number=_number)
             )
-
-
-@register("both trainings: Hessians left out", only=by_steps, effort=2, group="budget")
-def hessians_left_out(of: Problem) -> Tensor:
-    """HYDRA, as a step of the budget."""
-    return walk(of, without_hessian, without_hessian)
 
 
 @register("both trainings: Gauss–Newton in each step", only=by_steps, effort=2, group="budget")
@@ -142,18 +137,6 @@ def _held(link: Unrolled) -> Unrolled:
 
 
 # --- whole trainings -----------------------------------------------------------------------------
-
-
-@register("pretraining: gradient flow at its end", only=by_steps, effort=2, group="budget")
-def pretraining_stopped(of: Problem) -> Tensor:
-    """``stopped → unrolled``, as a step of the budget."""
-    return scores(of, stopped(of, 0))
-
-
-@register("pretraining: at an optimum", only=by_steps, effort=2, group="budget")
-def pretraining_optimum(of: Problem) -> Tensor:
-    """``optimum → unrolled``, as a step of the budget."""
-    return optimum(of)
 
 
 @register("finetuning: gradient flow at its end", only=by_steps, effort=2, group="budget")

@@ -1,8 +1,6 @@
 """Rows of the exact derivative, of its centres, and of what needs less of the paths.
 
-All are dq/dw_i in units of the loss. Where a row has a setting to choose, list, rule and outcome
-stand in its docstring: the rule is that of ``README.md``, the datamodeling score at a share of 0.05
-on the seeds of choices, unless another is said.
+All are dq/dw_i in units of the loss.
 """
 
 from __future__ import annotations
@@ -22,9 +20,8 @@ from msif_lib.solvers import MinRes
 # Relative change at which Lanczos stops. Scores then differ from converged ones by less than 1 %,
 # and datamodeling scores by about .001.
 _TOL = 2e-2
-_DAMPING: float | Literal["auto"] = "auto"
-_SEGMENTS = 3
-_AT: Literal["mean", "end", "line"] = "mean"
+#: Numbers of segments that are tried.
+SEGMENTS = (1, 3, 6)
 _RUNS = 4
 
 
@@ -104,59 +101,45 @@ def stopped(of: Problem, number: int) -> Stopped:
     return Stopped(found.stage, found.time, "hessian", found.scale, found.decay, tol=_TOL)
 
 
-def in_segments(of: Problem, count: int, at: Literal["mean", "end", "line"], both: bool) -> Tensor:
+def in_segments(of: Problem, count: float, at: Literal["mean", "line"], both: bool) -> Tensor:
     """One or both trainings in segments."""
     links = [
-        InSegments(link.stage, link.path, count, at, _TOL)
+        InSegments(link.stage, link.path, int(count), at, _TOL)
         for link in (of.chain.links if both else of.chain.links[:1])
     ]
     return scores(of, *links)
 
 
-@register("in segments → in segments", effort=2, only=by_steps)
-def segments_segments(of: Problem) -> Tensor:
+@register("in segments → in segments", effort=2, only=by_steps, tried=SEGMENTS)
+def segments_segments(of: Problem, count: float) -> Tensor:
     """SOURCE (Bae et al. 2024), with exact Hessians where they have EK-FAC.
 
     They average curvature and gradients over checkpoints of a segment, here both are taken at the
-    mean of its states. From 1, 3, 6 segments, each at its mean or its end: at means
-    .476, .562, .560, at ends .300, .425, .500; 3 at means. (Eight functionals, of MNIST seed 100.)
+    mean of its states.
     """
-    return in_segments(of, _SEGMENTS, _AT, True)
+    return in_segments(of, count, "mean", True)
 
 
-@register("in segments → unrolled", effort=2, only=by_steps)
-def segments_unrolled(of: Problem) -> Tensor:
-    """SOURCE for pretraining, of which some states are kept; the exact adjoint of finetuning.
-
-    Segments as in ``in segments → in segments``.
-    """
-    return in_segments(of, _SEGMENTS, _AT, False)
+@register("in segments → unrolled", effort=2, only=by_steps, tried=SEGMENTS)
+def segments_unrolled(of: Problem, count: float) -> Tensor:
+    """SOURCE for pretraining, of which some states are kept; the exact adjoint of finetuning."""
+    return in_segments(of, count, "mean", False)
 
 
-@register("on a straight line → unrolled", effort=1, only=by_steps)
-def line_unrolled(of: Problem) -> Tensor:
+@register("on a straight line → unrolled", effort=1, only=by_steps, tried=SEGMENTS)
+def line_unrolled(of: Problem, count: float) -> Tensor:
     """No path of pretraining but its two ends: as many segments, on the line between them.
 
-    Besides it takes how long the training was, and what Adam scaled gradients by at its end. The
-    number of segments is that of the rows above.
+    Besides it takes how long the training was, and what Adam scaled gradients by at its end.
     """
-    return in_segments(of, _SEGMENTS, "line", False)
-
-
-def optimum(of: Problem, damping: float | Literal["auto"] = _DAMPING) -> Tensor:
-    """Pretraining taken for one that ended at its optimum."""
-    solver = MinRes(tol=1e-3, damping=damping, max_iterations=500)
-    return scores(of, Optimum(of.pretrain, solver))
+    return in_segments(of, count, "line", False)
 
 
 @register("optimum → unrolled", effort=1, only=by_steps)
 def optimum_unrolled(of: Problem) -> Tensor:
-    """Pretraining taken for one that ended at its optimum: (H + λI)⁻¹ at its end.
-
-    From λ = 0.01, 0.1, 1 and "auto": .005, .456, .562, .681. (Eight functionals, of MNIST seed
-    100.)
-    """
-    return optimum(of)
+    """Pretraining taken for one that ended at its optimum: (H + λ)⁻¹ there, λ automatic."""
+    solver = MinRes(tol=1e-3, damping="auto", max_iterations=500)
+    return scores(of, Optimum(of.pretrain, solver))
 
 
 @register("HYDRA", only=by_steps)

@@ -10,10 +10,9 @@ finetuning took: then what finetuning leaves of the embedding in flat directions
 embedding both cases are one.
 
 A damping is given by its size beside the largest eigenvalue of the matrix to which it is added, one
-factor for both solves. Where one is chosen, it is from :data:`FACTORS`, by the datamodeling score
-at a share of 0.05 on the seeds of choices 100 and 101, averaged over the settings of :data:`ON`.
-With exact Hessians 0.1 and 1 were tried on half of these and the others on one, where they lay
-far behind: little damping of an indefinite matrix is worse than none.
+factor for both solves. Where it is fixed, one of :data:`FACTORS` is taken, for each setting by the
+rule of :mod:`benchmarks.two_stage.choices`. Little damping of an indefinite matrix is worse than
+none.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from scipy.sparse.linalg import eigsh
@@ -31,14 +29,12 @@ from benchmarks.two_stage.methods import of_classes, register
 from benchmarks.two_stage.settings import Problem
 from msif_lib.curvature import AddDiagonal, CrossHessian, Hessian
 from msif_lib.ekfac import EKFAC
-from msif_lib.links import Asked, Frozen, Link, Optimum, Proximal
+from msif_lib.links import Asked, Frozen, Optimum, Proximal, PulledBack
 from msif_lib.solvers import MinRes, Operator, Solver, SolveReport, SolverWarning, automatic_damping
 from msif_lib.support.operators import LinearOperator
 
 #: Factors of the largest eigenvalue from which a damping is chosen.
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-#: Settings on which choices are made.
-ON = ("digits-sgd", "mnist-sgd", "mnist-adamw")
 # Relative residual of an iterative solve, and iterations allowed: of values that decide an order.
 _TOL, _ITERATIONS = 1e-3, 500
 
@@ -59,9 +55,9 @@ def on_embedding(of: Problem, rows: Tensor) -> Tensor:
     return whole
 
 
-def through(of: Problem, first: Link, handed: Tensor) -> Tensor:
+def through(of: Problem, first: Solved, handed: Tensor) -> Tensor:
     """dq/dw_i ``(m, T)`` of what finetuning hands back ``(p_W, T)``, through pretraining."""
-    u = first.pull_back(on_embedding(of, handed), Asked(hand_back=False)).u
+    u = first.pull_back(on_embedding(of, handed), hand_back=False).u
     assert u is not None
     return -along(of, u) / of.size
 
@@ -117,15 +113,34 @@ def automatic(operator: LinearOperator) -> float:
     return automatic_damping(operator).damping
 
 
-Solved = TypeVar("Solved", Optimum, Frozen | Proximal)
+class Solved:
+    """A link and how it is solved; its matrix is made once.
+
+    Parameters
+    ----------
+    link
+        The link, undamped.
+    damping
+        Of its matrix, for MINRES.
+    solver
+        Another solver in its place.
+    """
+
+    def __init__(
+        self, link: Optimum | Frozen | Proximal, damping: Damping, solver: Solver | None = None
+    ) -> None:
+        self.operators: dict[str, LinearOperator] = {"operator": link.operator}
+        solver = solver or MinRes(_TOL, _ITERATIONS, damping=damping(self.operators["operator"]))
+        self.link = replace(link, solver=solver)
+
+    def pull_back(self, cotangent: Tensor, hand_back: bool = True) -> PulledBack:
+        """As the link's own."""
+        return self.link.pull_back(cotangent, Asked(hand_back=hand_back, operators=self.operators))
 
 
-def solved_by(link: Solved, damping: Damping) -> Solved:
-    """The link with MINRES and a damping of its own."""
-    return replace(link, solver=MinRes(_TOL, _ITERATIONS, damping=damping(link.operator)))
-
-
-def case_scores(of: Problem, case: int, damping: Damping, **how: str) -> Tensor:
+def case_scores(
+    of: Problem, case: int, damping: Damping, solver: Solver | None = None, **how: str
+) -> Tensor:
     """dq/dw_i ``(m, T)`` of a case, wherever finetuning left the embedding.
 
     A :class:`msif_lib.Chain` refuses a finetuning that moved what its link says it kept.
@@ -133,15 +148,11 @@ def case_scores(of: Problem, case: int, damping: Damping, **how: str) -> Tensor:
     with warnings.catch_warnings():
         # That a solve stops short or meets negative curvature is what is shown.
         warnings.simplefilter("ignore", SolverWarning)
-        first, last = links(of, case, **how)
-        first, last = solved_by(first, damping), solved_by(last, damping)
+        first, last = (Solved(link, damping, solver) for link in links(of, case, **how))
         return through(of, first, last.pull_back(functionals(of)).handed)
 
 
 # --- exact curvature -----------------------------------------------------------------------------
-
-_FIXED = {1: 0.1, 2: 0.1}
-_GAUSS_NEWTON = {1: 0.01, 2: 0.1}
 
 
 @register("case 1, no damping", effort=2)
@@ -150,10 +161,10 @@ def case_1(of: Problem) -> Tensor:
     return case_scores(of, 1, none)
 
 
-@register("case 1, fixed damping", effort=1)
-def case_1_fixed(of: Problem) -> Tensor:
-    """The same, damped. Of :data:`FACTORS` 0.1 was chosen; 10 and 1 come near gradient products."""
-    return case_scores(of, 1, fixed(_FIXED[1]))
+@register("case 1, fixed damping", effort=1, tried=FACTORS)
+def case_1_fixed(of: Problem, factor: float) -> Tensor:
+    """The same, damped."""
+    return case_scores(of, 1, fixed(factor))
 
 
 @register("case 1, automatic damping", effort=1)
@@ -171,10 +182,10 @@ def case_2(of: Problem) -> Tensor:
     return case_scores(of, 2, none)
 
 
-@register("case 2, fixed damping", effort=1)
-def case_2_fixed(of: Problem) -> Tensor:
-    """The same, damped. Of :data:`FACTORS` 0.1 was chosen."""
-    return case_scores(of, 2, fixed(_FIXED[2]))
+@register("case 2, fixed damping", effort=1, tried=FACTORS)
+def case_2_fixed(of: Problem, factor: float) -> Tensor:
+    """The same, damped."""
+    return case_scores(of, 2, fixed(factor))
 
 
 @register("case 2, automatic damping", effort=1)
@@ -186,31 +197,23 @@ def case_2_automatic(of: Problem) -> Tensor:
     return case_scores(of, 2, automatic)
 
 
-@register("case 1, Gauss–Newton", effort=1)
-def case_1_gauss_newton(of: Problem) -> Tensor:
-    """Case 1 with Gauss–Newton matrices. Of :data:`FACTORS` 0.01 was chosen."""
-    return case_scores(of, 1, fixed(_GAUSS_NEWTON[1]), curvature="gauss-newton")
+@register("case 1, Gauss–Newton", effort=1, tried=FACTORS)
+def case_1_gauss_newton(of: Problem, factor: float) -> Tensor:
+    """Case 1 with Gauss–Newton matrices, damped."""
+    return case_scores(of, 1, fixed(factor), curvature="gauss-newton")
 
 
-@register("case 2, Gauss–Newton", effort=1)
-def case_2_gauss_newton(of: Problem) -> Tensor:
-    """Case 2 with Gauss–Newton matrices. Of :data:`FACTORS` 0.1 was chosen."""
-    return case_scores(of, 2, fixed(_GAUSS_NEWTON[2]), curvature="gauss-newton")
+@register("case 2, Gauss–Newton", effort=1, tried=FACTORS)
+def case_2_gauss_newton(of: Problem, factor: float) -> Tensor:
+    """Case 2 with Gauss–Newton matrices, damped."""
+    return case_scores(of, 2, fixed(factor), curvature="gauss-newton")
 
 
 # --- EK-FAC --------------------------------------------------------------------------------------
 
 
-_EKFAC, _EKFAC_CROSS = 0.01, 0.01
-
-
-def ekfac_scores(of: Problem, factor: float) -> Tensor:
-    """EK-FAC of each layer in both stages."""
-    return case_scores(of, 2, fixed(factor), curvature="ekfac")
-
-
-@register("EK-FAC in both stages", only=of_classes)
-def ekfac(of: Problem) -> Tensor:
+@register("EK-FAC in both stages", only=of_classes, tried=FACTORS)
+def ekfac(of: Problem, factor: float) -> Tensor:
     """Multi-stage influence as Bao et al. (2025) state it, EK-FAC in both stages.
 
         dq/dw_i = −∇_W qᵀ (A_F + 2α + λ)⁻¹ 2α (A_G + λ)⁻¹ ∇_W ℓ_i / m
@@ -219,36 +222,29 @@ def ekfac(of: Problem) -> Tensor:
     of the finetuning matrix, and the head's own gradient with it; where finetuning holds the
     embedding, what is handed back keeps its exact cross term. Their code damps both inverses by
     a small constant (1e-4), which stands for the pull too; here the pull is 2α as in every row of
-    case 2 and λ is by the rule: of :data:`FACTORS` 0.01. Modes of ℓ'' are summed exactly, where
-    they sample labels.
+    case 2, and λ is chosen. Modes of ℓ'' are summed exactly, where they sample labels.
     """
-    return ekfac_scores(of, _EKFAC)
+    return case_scores(of, 2, fixed(factor), curvature="ekfac")
 
 
-def ekfac_cross_scores(of: Problem, factor: float) -> Tensor:
-    """The same with f_W − F_WΘ F_ΘΘ⁻¹ f_Θ in place of f_W; F_WΘ is exact, F_ΘΘ EK-FAC's."""
-    first, last = links(of, 2, curvature="ekfac")
-    first, last = solved_by(first, fixed(factor)), solved_by(last, fixed(factor))
+@register("EK-FAC, cross term kept", only=of_classes, tried=FACTORS)
+def ekfac_cross(of: Problem, factor: float) -> Tensor:
+    """The same with the head's answer to the embedding.
+
+    In the Schur form of case 2, 2α (S + 2α)⁻¹ stands before f_W − F_WΘ F_ΘΘ⁻¹ f_Θ. F_WΘ is exact
+    and the other matrices are EK-FAC's; of S = F_WW − F_WΘ F_ΘΘ⁻¹ F_ΘW the first part alone is
+    taken, which is no less than S and never negative.
+    """
+    first, last = (Solved(link, fixed(factor)) for link in links(of, 2, curvature="ekfac"))
     stage = of.finetune
     shared, own = stage.split(functionals(of))
-    if not last.held:
+    if not last.link.held:
         head = torch.cat([torch.zeros_like(shared), own])
         answer = last.pull_back(head).u
         assert answer is not None
         shared = shared - CrossHessian(stage) @ stage.split(answer)[1]
     cotangent = torch.cat([shared, own])
     return through(of, first, last.pull_back(cotangent).handed)
-
-
-@register("EK-FAC, cross term kept", only=of_classes)
-def ekfac_cross(of: Problem) -> Tensor:
-    """The same with the head's answer to the embedding. Of :data:`FACTORS` 0.01 was chosen.
-
-    In the Schur form of case 2, 2α (S + 2α)⁻¹ stands before f_W − F_WΘ F_ΘΘ⁻¹ f_Θ. F_WΘ is exact
-    and the other matrices are EK-FAC's; of S = F_WW − F_WΘ F_ΘΘ⁻¹ F_ΘW the first part alone is
-    taken, which is no less than S and never negative.
-    """
-    return ekfac_cross_scores(of, _EKFAC_CROSS)
 
 
 @register("case 2, preconditioned by EK-FAC", only=of_classes, effort=2)
@@ -261,8 +257,6 @@ def by_ekfac(of: Problem) -> Tensor:
 
 
 # --- a few eigenpairs ----------------------------------------------------------------------------
-
-_PAIRS = 100
 
 
 @dataclass(frozen=True)
@@ -306,22 +300,14 @@ class Leading(Solver):
         return values, vectors
 
 
-def arnoldi_scores(of: Problem, pairs: int) -> Tensor:
-    """Case 2 in the leading eigenspaces of both matrices."""
-    first, last = links(of, 2)
-    first, last = replace(first, solver=Leading(pairs)), replace(last, solver=Leading(pairs))
-    return through(of, first, last.pull_back(functionals(of)).handed)
-
-
-@register("Arnoldi", effort=1)
-def arnoldi(of: Problem) -> Tensor:
+@register("Arnoldi", effort=2, tried=(50, 100, 200, 400))
+def arnoldi(of: Problem, pairs: float) -> Tensor:
     """Case 2 by the leading eigenpairs of each matrix (Schioppa et al. 2021), undamped.
 
     By ARPACK's restarted Lanczos. What is outside the span is dropped, but the pull of finetuning,
-    which is known, is kept. Of 50, 100, 200 and 400 pairs 100 were chosen by the rule, on the two
-    settings of digits trained by steps.
+    which is known, is kept.
     """
-    return arnoldi_scores(of, _PAIRS)
+    return case_scores(of, 2, none, Leading(int(pairs)))
 
 
 # --- groups --------------------------------------------------------------------------------------
@@ -338,8 +324,7 @@ def _of_groups(of: Problem, left_out: Tensor, x: Tensor) -> Tensor:
 
 def group_changes(of: Problem, left_out: Tensor, damping: Damping, order: int = 2) -> Tensor:
     """Predicted changes ``(M, T)`` of subsets ``(M, m)``; see :func:`second_order_groups`."""
-    first, last = links(of, 2)
-    first, last = solved_by(first, damping), solved_by(last, damping)
+    first, last = (Solved(link, damping) for link in links(of, 2))
     handed = on_embedding(of, last.pull_back(functionals(of)).handed)
     gradients = torch.zeros(len(handed), len(left_out), dtype=handed.dtype)
     start = 0
@@ -347,7 +332,7 @@ def group_changes(of: Problem, left_out: Tensor, damping: Damping, order: int = 
         some = left_out[:, start : start + len(block)].to(block)
         gradients += (some @ block).T / of.size
         start += len(block)
-    solved = first.pull_back(torch.cat([handed, gradients], 1), Asked(hand_back=False)).u
+    solved = first.pull_back(torch.cat([handed, gradients], 1), hand_back=False).u
     assert solved is not None
     v, moved = solved.split([handed.shape[1], len(left_out)], 1)
     changes = moved.T @ handed

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.two_stage import bank
+from benchmarks.two_stage import bank, choices
 from benchmarks.two_stage.bank import OTHER_SHARES, Truth
-from benchmarks.two_stage.methods import Method, Predictions, by_steps
+from benchmarks.two_stage.methods import METHODS, Method, Predictions, by_steps
 from benchmarks.two_stage.settings import SETTINGS, SHARES, Problem, problem
 from benchmarks.two_stage.smoothness import metasmoothness, sweep
-from msif_lib.evaluation import Estimate, fidelity, reliability
+from msif_lib.evaluation import Estimate, fidelity, linear_datamodeling_score, reliability
 from msif_lib.solvers import FailedSolve
-from msif_lib.study.records import write_record
+from msif_lib.study.imports import code_of, imported_files
+from msif_lib.study.records import read_record, write_record
 
 RESULTS = bank.BANK.parent
 # Subsets in whose direction smoothness is measured.
@@ -33,19 +35,32 @@ Predict = Callable[[int, Truth, float], Tensor | None]
 
 
 def rows_of(
-    method: str, truths: Mapping[int, Truth], predict: Predict, scaled: bool
+    method: str,
+    truths: Mapping[int, Truth],
+    predict: Predict,
+    scaled: bool,
+    exact: Predict | None = None,
 ) -> list[dict[str, Any]]:
-    """The rows of one method on one setting: one a share, and one a share of the other seeds."""
+    """The rows of one method on one setting: one a share, and one a share of the other seeds.
+
+    Where the predictions of the exact row are given, each row tells how far its score is above.
+    """
     rows = []
     for share in SHARES:
-        found = [(predict(seed, truth, share), truth) for seed, truth in truths.items()]
-        pairs = [(predicted.numpy(), truth) for predicted, truth in found if predicted is not None]
+        found = {seed: predict(seed, truth, share) for seed, truth in truths.items()}
+        pairs = {seed: one.numpy() for seed, one in found.items() if one is not None}
         if not pairs:
             continue
-        predicted = np.stack([one for one, _ in pairs])
-        actual = np.stack([truth.judged(share)[1].numpy() for _, truth in pairs])
-        rows.append(_row(method, share, "same seed", predicted, actual, scaled))
-        others = [truth.judged_by_others(share).numpy() for _, truth in pairs]
+        predicted = np.stack(list(pairs.values()))
+        actual = np.stack([truths[seed].judged(share)[1].numpy() for seed in pairs])
+        row = _row(method, share, "same seed", predicted, actual, scaled)
+        best = exact and [exact(seed, truths[seed], share) for seed in pairs]
+        if best and all(one is not None for one in best):
+            row["above exact"] = linear_datamodeling_score(
+                predicted, actual, against=np.stack([np.asarray(one) for one in best])
+            )
+        rows.append(row)
+        others = [truths[seed].judged_by_others(share).numpy() for seed in pairs]
         if all(map(len, others)):
             means = np.stack([one.mean(0) for one in others])
             rows.append(_row(method, share, "other seeds", predicted, means, scaled))
@@ -68,53 +83,104 @@ def _row(
     }
 
 
-def judge(
-    name: str, methods: Sequence[Method], seeds: Sequence[int]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """The rows of registered methods on a setting, and which methods failed, and how.
+def _exact_of(of: Problem) -> Method:
+    """The exact row of a problem."""
+    return METHODS["unrolled → unrolled" if by_steps(of) else "optimum → proximal"]
 
-    A row's cost, in trainings, is the median over seeds of a method's time, by the time of both
-    trainings, and the retrainings that it was given.
+
+class Bench:
+    """A setting trained with each of its seeds, before which methods come.
+
+    Parameters
+    ----------
+    name
+        Of the setting.
+    seeds
+        Those of the bank that are judged by.
+    chosen
+        By the names of methods, the value of each that has one to choose.
 
     Raises
     ------
     ValueError
         The bank is of other trainings than those of the setting.
     """
-    truths = {seed: bank.read(name, seed) for seed in seeds}
-    problem(name, seeds[0])  # what is run first takes longer
-    problems = {seed: problem(name, seed) for seed in seeds}
-    for seed, truth in truths.items():
-        _check_bank(problems[seed], truth)
-    rows, failed = [], []
-    for method in methods:
-        asked = {seed: Predictions(method, problems[seed], truths[seed]) for seed in seeds}
 
-        def predict(
-            seed: int, truth: Truth, share: float, asked: Mapping[int, Predictions] = asked
-        ) -> Tensor | None:
-            one = asked[seed]
+    def __init__(self, name: str, seeds: Sequence[int], chosen: Mapping[str, float]) -> None:
+        self.name, self.chosen = name, chosen
+        self.truths = {seed: bank.read(name, seed) for seed in seeds}
+        problem(name, seeds[0])  # what is run first takes longer
+        self.problems = {seed: problem(name, seed) for seed in seeds}
+        for seed, truth in self.truths.items():
+            _check_bank(self.problems[seed], truth)
+        self._exact = {
+            seed: Predictions(_exact_of(of), of, self.truths[seed])
+            for seed, of in self.problems.items()
+        }
+
+    def rows(self, method: Method) -> list[dict[str, Any]]:
+        """The rows of a method; none where it has nothing to say.
+
+        A row's cost, in trainings, is the median over seeds of the processor time that a method
+        took, by that of both trainings, and the retrainings that it was given.
+
+        Raises
+        ------
+        FailedSolve, FloatingPointError, ValueError
+            The method fails, or a value of it has to be chosen first.
+        """
+        fitting = [
+            seed for seed, of in self.problems.items() if any(method.fits(of, s) for s in SHARES)
+        ]
+        if not fitting:
+            return []
+        if method.tried and method.name not in self.chosen:
+            raise ValueError(
+                f"no value was chosen of those that {method.name!r} tries on {self.name}: "
+                f"python -m benchmarks.two_stage choose {self.name}"
+            )
+        value = self.chosen[method.name] if method.tried else None
+        asked = {
+            seed: Predictions(method, of, self.truths[seed], value)
+            for seed, of in self.problems.items()
+        }
+        exact = self._exact
+        if all(one.method is method for one in exact.values()):
+            asked = exact
+
+        def of(these: Mapping[int, Predictions], seed: int, share: float) -> Tensor | None:
+            one = these[seed]
             return one.of(share) if one.method.fits(one.problem, share) else None
 
-        try:
-            found = rows_of(method.name, truths, predict, method.scaled)
-        except (FailedSolve, FloatingPointError, ValueError) as error:
-            failed.append({"method": method.name, "says": str(error)[:300]})
-            print(f"{name}: {method.name} failed: {error}", flush=True)
-            continue
+        found = rows_of(
+            method.name,
+            self.truths,
+            lambda seed, truth, share: of(asked, seed, share),
+            method.scaled,
+            lambda seed, truth, share: of(exact, seed, share),
+        )
         cost = [one.seconds / one.problem.seconds for one in asked.values()]
         each = method.by_share or method.of_subsets
         answers = len({row["share"] for row in found}) if each else 1
         for row in found:
             row["trainings"] = statistics.median(cost) / answers + method.trainings
-            row["group"] = method.group
-        rows += found
+            row["group"], row["chosen"], row["code"] = method.group, value, code()
         if found:
             scores = "  ".join(
                 f"{row['share']:.0%} {row['lds']}" for row in found if row["reading"] == "same seed"
             )
-            print(f"{name}: {method.name}: {scores}  ({found[0]['trainings']:.1f})", flush=True)
-    return rows, failed
+            print(
+                f"{self.name}: {method.name}: {scores}  ({found[0]['trainings']:.1f})", flush=True
+            )
+        return found
+
+
+@cache
+def code() -> str:
+    """Which code makes the rows: a digest of what is executed, docstrings and comments left out."""
+    files = imported_files(bank.ROOT, ["import benchmarks.two_stage.__main__"])
+    text = "".join(code_of(file.read_text(encoding="utf-8")) for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_bank(of: Problem, truth: Truth) -> None:
@@ -140,70 +206,73 @@ def ceilings(truths: Mapping[int, Truth]) -> list[dict[str, Any]]:
     return rows
 
 
-def _of_others(
-    path: Path, judged: set[str], sums: Mapping[str, str]
-) -> tuple[list[Any], list[Any]]:
-    """Rows and failures in a record of methods that are not judged now, of the same bank."""
-    if not path.exists():
-        return [], []
-    values = json.loads(path.read_text(encoding="utf-8"))["values"]
-    rest = [
-        [one for one in values[which] if one["method"] not in judged]
-        for which in ("rows", "failed")
-    ]
-    if any(rest) and values["bank"] != sums:
-        raise ValueError(
-            f"{path} has rows of other methods, judged by another bank; judge all methods again"
-        )
-    return rest[0], rest[1]
-
-
-def _smoothness(name: str, seed: int, share: float) -> dict[str, float] | None:
+def _smoothness(of: Problem, share: float) -> dict[str, float] | None:
     """How linear the trained models are in the weights; None where they are at an optimum."""
-    of = problem(name, seed)
-    return metasmoothness(of, share, _DIRECTIONS, seed)._asdict() if by_steps(of) else None
+    return metasmoothness(of, share, _DIRECTIONS, of.seed)._asdict() if by_steps(of) else None
 
 
 def write(name: str, methods: Sequence[Method]) -> Path:
-    """Judge methods on a setting and write its record, in which other methods' rows stay."""
+    """Judge methods on a setting and write its record, method by method.
+
+    A row that the record has of the same code, bank and choice is not computed again, so that an
+    interrupted run goes on. Rows of methods that are not asked for stay as they are.
+    """
     began = time.perf_counter()
     seeds = bank.seeds_of(name)
     if not seeds:
         bank.read(name, 0)  # says how to make it
-    truths = {seed: bank.read(name, seed) for seed in seeds}
-    path = RESULTS / f"{name}.json"
+    path, setting = RESULTS / f"{name}.json", SETTINGS[name]
     sums = {str(seed): bank.sha256(name, seed) for seed in seeds}
-    rows, failed = _of_others(path, {method.name for method in methods}, sums)
-    found, not_found = judge(name, methods, seeds)
-    about = [truth.about for truth in truths.values()]
-    setting = SETTINGS[name]
-    values = {
+    chosen = choices.chosen(name)
+    old = read_record(path) if path.exists() else None
+    spent = 0.0
+    rows: dict[str, list[Any]] = defaultdict(list)
+    if old and old["values"]["bank"] == sums:
+        for row in old["values"]["rows"]:
+            now = row.get("code") == code() and row.get("chosen") == chosen.get(row["method"])
+            if row["method"] in METHODS and (now or METHODS[row["method"]] not in methods):
+                rows[row["method"]].append(row)
+        if rows:
+            spent = old["wall_time"]
+    waiting = [method for method in methods if method.name not in rows]
+    if not waiting:
+        return path
+    bench = Bench(name, seeds, chosen)
+    about = [truth.about for truth in bench.truths.values()]
+    values: dict[str, Any] = {
         "says": setting.says,
-        "rows": rows + found,
-        "failed": failed + not_found,
+        "rows": [],
+        "failed": [],
         "bank": sums,
-        "ceilings": ceilings(truths),
+        "ceilings": ceilings(bench.truths),
         "metasmoothness": [
-            {"share": share, "seeds": [_smoothness(name, seed, share) for seed in seeds]}
+            {"share": share, "seeds": [_smoothness(of, share) for of in bench.problems.values()]}
             for share in OTHER_SHARES
         ],
         "accuracy": [one["accuracy"] for one in about],
         "parameters": about[0]["parameters"],
         "pretraining examples": about[0]["pretraining examples"],
         "finetuning examples": about[0]["finetuning examples"],
-        "functionals": len(truths[seeds[0]].before),
+        "functionals": len(bench.truths[seeds[0]].before),
         "subsets": bank.JUDGED,
         "retraining seconds": [one["seconds of all retrainings"] for one in about],
     }
-    write_record(
-        path,
-        section="two_stage",
-        dataset=setting.says,
-        values=values,
-        parameters={"shares": SHARES},
-        seeds=seeds,
-        wall_time=time.perf_counter() - began,
-    )
+    for method in waiting:
+        try:
+            rows[method.name] = bench.rows(method)
+        except (FailedSolve, FloatingPointError, ValueError) as error:
+            values["failed"].append({"method": method.name, "says": str(error)[:300]})
+            print(f"{name}: {method.name} failed: {error}", flush=True)
+        values["rows"] = [row for one in METHODS for row in rows.get(one, [])]
+        write_record(
+            path,
+            section="two_stage",
+            dataset=setting.says,
+            values=values,
+            parameters={"shares": SHARES},
+            seeds=seeds,
+            wall_time=spent + time.perf_counter() - began,
+        )
     return path
 
 

@@ -34,7 +34,8 @@ class Method:
     function
         ``function(problem)``, or ``function(problem, share)`` where `by_share`; or
         ``function(problem, share, left_out, given)`` where it predicts the changes ``(M, T)`` of
-        subsets ``(M, m)`` itself (`of_subsets`); `given` are other subsets and their changes.
+        subsets ``(M, m)`` itself (`of_subsets`); `given` are other subsets and their changes. Where
+        values are `tried`, the chosen one comes last.
     scaled
         Whether its values are in units of the loss, so that their size can be judged too.
     by_share, of_subsets
@@ -48,6 +49,9 @@ class Method:
         2: hundreds. Not asked of settings with less patience.
     trainings
         Retrainings that it is given a share, which count among its cost.
+    tried
+        Values of what is left to choose, a damping say. Which is taken on a setting is decided by
+        the rule of :mod:`benchmarks.two_stage.choices`.
     group
         ``"row"`` of the table, or ``"budget"`` for the error budget.
     """
@@ -61,6 +65,7 @@ class Method:
     only: Callable[[Problem], bool] | None = None
     effort: int = 0
     trainings: int = 0
+    tried: tuple[float, ...] = ()
     group: str = "row"
 
     def fits(self, problem: Problem, share: float) -> bool:
@@ -121,11 +126,16 @@ class Predictions:
     ----------
     method, problem, truth
         What is asked of which.
+    chosen
+        Of the values that the method tries.
     """
 
-    def __init__(self, method: Method, problem: Problem, truth: Truth) -> None:
+    def __init__(
+        self, method: Method, problem: Problem, truth: Truth, chosen: float | None = None
+    ) -> None:
         self.method, self.problem, self.truth = method, problem, truth
-        #: Seconds so far.
+        self._chosen = () if chosen is None else (chosen,)
+        #: Seconds of processor time so far.
         self.seconds = 0.0
         self._scores: dict[float | None, Tensor] = {}
 
@@ -147,9 +157,9 @@ class Predictions:
         return -(left_out.to(scores) @ scores)
 
     def _timed(self, *asked: object) -> Tensor:
-        began = time.perf_counter()
-        found = self.method.function(*asked)
-        self.seconds += time.perf_counter() - began
+        began = time.process_time()
+        found = self.method.function(*asked, *self._chosen)
+        self.seconds += time.process_time() - began
         if not found.isfinite().all():
             raise FloatingPointError(f"{self.method.name}: a value is not finite")
         return found

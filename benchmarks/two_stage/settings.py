@@ -124,7 +124,7 @@ class Problem:
     accuracy
         Of the pretrained model on its own examples, of the finetuned one on `validation`.
     seconds
-        What both trainings took: the unit of every cost.
+        Processor time of both trainings: the unit of every cost.
     """
 
     setting: Setting
@@ -311,7 +311,7 @@ def problem(of: str | Setting, seed: int) -> Problem:
         embedding = setting.embedding().double()
         heads = [_head(embedding, *pair).double() for pair in (data.pretrain, data.finetune)]
     l2 = [recipe.l2 for recipe in setting.recipes] if setting.recipes else [setting.l2] * 2
-    began = time.perf_counter()
+    began = time.process_time()
     pretrain = Stage(embedding, heads[0], cross_entropy, data.pretrain, l2[0], check="data")
     first = _trained(setting, 0, pretrain, seed)
     tuned = copy.deepcopy(embedding)
@@ -319,7 +319,7 @@ def problem(of: str | Setting, seed: int) -> Problem:
         tuned.requires_grad_(False)
     finetune = Stage(tuned, heads[1], cross_entropy, data.finetune, l2[1], check="data")
     second = _trained(setting, 1, finetune, seed)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     accuracy = _accuracy(pretrain, data.pretrain), _accuracy(finetune, data.validation)
     chain = Chain([first, second], progress=False)
     return Problem(setting, seed, chain, data, accuracy, seconds)
