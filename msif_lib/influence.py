@@ -118,7 +118,7 @@ class Chain(OwnState):
         self._hand_overs = [
             HandOver(*pair, called) for pair, called in zip(pairwise(stages), pairwise(names))
         ]
-        self._stationarity_tol = stationarity_tol
+        self.stationarity_tol = stationarity_tol
         self._look(self._identities())
 
     def _identities(self) -> list[ProblemIdentity]:
@@ -137,7 +137,7 @@ class Chain(OwnState):
             slope = link.slope(c)
             if slope is not None:
                 self.gradient_norms[name] = float(slope.norm(dtype=torch.float64))
-                _require_stationary(link, self.gradient_norms[name], name, self._stationarity_tol)
+                _require_stationary(link, self.gradient_norms[name], name, self.stationarity_tol)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -619,7 +619,7 @@ def with_weights(
         first = settings.first_hessian if number == 0 else None
         own.load_vector(_minimum(link, own, handed, starts[number], settings, first, name))
         links.append(replace(link, stage=own))
-    return Chain(links, chain._stationarity_tol, chain.progress)
+    return Chain(links, chain.stationarity_tol, chain.progress)
 
 
 def _new_weights(weights: Any, stage: Stage) -> Tensor:

@@ -229,7 +229,7 @@ def test_links_keep_their_settings_and_single_precision_its_dtype():
             assert (type(new), new.solver, new.curvature) == (type(old), old.solver, old.curvature)
             assert new.stage.dtype == torch.float32 and new.stage is not old.stage
         assert getattr(centre.links[1], "alpha", None) == getattr(last, "alpha", None)
-        assert centre._stationarity_tol == 0.5
+        assert centre.stationarity_tol == 0.5
         # Rounded from what double precision finds.
         double = with_weights(
             Chain([replace(link, stage=link.stage.to(F64)) for link in chain.links], 0.5, False),

@@ -250,6 +250,26 @@ def test_one_seed_and_one_functional_need_no_axis():
     assert fidelity(torch.tensor(predicted), actual.tolist()) == fidelity(predicted, actual)
 
 
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_scores_are_compared_in_pairs(seeds):
+    """Predictions that err alike differ by less than their own intervals would let one think."""
+    predicted, actual = effects((seeds, 30, 6), 4, 0.5)
+    noise = np.random.default_rng(5).normal(size=predicted.shape)
+    other = predicted + 0.2 * predicted.std() * noise
+    found = linear_datamodeling_score(predicted, actual, against=other)
+    ours, theirs = (linear_datamodeling_score(one, actual) for one in (predicted, other))
+    assert found.value == pytest.approx(ours.value - theirs.value, abs=1e-14)
+    assert found.low < found.value < found.high
+    apart = np.hypot(ours.high - ours.low, theirs.high - theirs.low)
+    assert found.high - found.low < 0.7 * apart
+    back = linear_datamodeling_score(other, actual, against=predicted)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low), abs=1e-12)
+    same = linear_datamodeling_score(predicted, actual, against=np.exp(predicted))
+    assert same.value == same.low == same.high == 0
+    with pytest.raises(ValueError, match="must both be"):
+        linear_datamodeling_score(predicted, actual, against=other[:, :5])
+
+
 def as_numbers(found) -> np.ndarray:
     measures = [m for m in (found.lds, found.pearson, found.slope, found.error) if m is not None]
     return np.array([[m.value, m.low, m.high] for m in measures])
