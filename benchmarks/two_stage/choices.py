@@ -6,8 +6,9 @@ weights, batches and subsets than the seeds that are reported, and another draw 
 score is that of 32 subsets and of the first 8 functionals. Of equal scores the first counts, and a
 value with which a method fails is not taken.
 
-Beside it stands what half and twice a setting's learning rates would do to its accuracy and to the
-score of the exact row. Nothing is chosen by that: it tells how kind the rates are.
+Beside it stands, of settings whose training was picked by hand, what half and twice the learning
+rates would do to accuracy and to the score of the exact row. Nothing is chosen by that: it tells
+how kind the rates are.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _at_rates(setting: Setting, factor: float) -> Setting:
 
 def kindness(name: str) -> list[dict[str, Any]]:
     """Accuracy and score of the exact row at half, one and two times a setting's rates."""
-    if SETTINGS[name].recipes is None:
+    if SETTINGS[name].recipes is None or not SETTINGS[name].picked:
         return []
     rows = []
     for factor in RATES:

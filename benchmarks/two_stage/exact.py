@@ -21,7 +21,7 @@ from msif_lib.solvers import MinRes
 # and datamodeling scores by about .001.
 _TOL = 2e-2
 #: Numbers of segments that are tried.
-SEGMENTS = (1, 3, 6)
+SEGMENTS = (1, 3)
 _RUNS = 4
 
 

@@ -34,7 +34,7 @@ from msif_lib.solvers import MinRes, Operator, Solver, SolveReport, SolverWarnin
 from msif_lib.support.operators import LinearOperator
 
 #: Factors of the largest eigenvalue from which a damping is chosen.
-FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+FACTORS = (1e-3, 1e-2, 1e-1, 1.0)
 # Relative residual of an iterative solve, and iterations allowed: of values that decide an order.
 _TOL, _ITERATIONS = 1e-3, 500
 
@@ -300,7 +300,7 @@ class Leading(Solver):
         return values, vectors
 
 
-@register("Arnoldi", effort=2, tried=(50, 100, 200, 400))
+@register("Arnoldi", effort=2, tried=(50, 100, 200))
 def arnoldi(of: Problem, pairs: float) -> Tensor:
     """Case 2 by the leading eigenpairs of each matrix (Schioppa et al. 2021), undamped.
 
