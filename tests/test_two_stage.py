@@ -362,6 +362,12 @@ def test_value_is_chosen_by_the_score_on_other_seeds(tiny, methods, monkeypatch)
     assert [row["factor"] for row in rates] == [0.5, 1.0, 2.0]
     assert rates[1]["lds"] == pytest.approx(found["scores"]["0"], rel=1e-12)
     assert len({row["accuracy"] for row in rates}) > 1
+    # What is chosen stays; a method with other values is asked again.
+    calls, stamp = len(seen), path.stat().st_mtime_ns
+    choices.write("tiny", asked)
+    assert len(seen) == calls and path.stat().st_mtime_ns == stamp
+    asked[0] = dataclasses.replace(asked[0], tried=(1, 2))
+    assert values_of(choices.write("tiny", asked))["methods"][0]["chosen"] == 1
     with pytest.raises(ValueError, match="fails on tiny with each"):
         choices.choose("tiny", [methods("broken", function, tried=(3,))])
 

@@ -136,16 +136,31 @@ def kindness(name: str) -> list[dict[str, Any]]:
 
 
 def write(name: str, methods: Sequence[Method]) -> Path:
-    """Choose on a setting and write the record."""
+    """Choose on a setting and write the record, in which choices among the same values stay."""
     began, path = time.perf_counter(), folder() / f"{name}.json"
-    values = {"methods": choose(name, methods), "rates": kindness(name)}
-    write_record(
-        path,
-        section="two_stage",
-        dataset=SETTINGS[name].says,
-        values=values,
-        parameters={"share": SHARE, "subsets": SUBSETS, "functionals": FUNCTIONALS},
-        seeds=SEEDS,
-        wall_time=time.perf_counter() - began,
-    )
+    old = read_record(path)["values"] if path.exists() else {"methods": [], "rates": None}
+    tried = {method.name: {f"{value:g}" for value in method.tried} for method in methods}
+    found = {
+        one["method"]: one
+        for one in old["methods"]
+        if tried.get(one["method"]) == set(one["scores"])
+    }
+    first = problem(name, SEEDS[0])
+    waiting = [
+        one for one in methods if one.tried and one.name not in found and one.fits(first, SHARE)
+    ]
+    if waiting or old["rates"] is None:
+        found |= {one["method"]: one for one in choose(name, waiting)}
+        write_record(
+            path,
+            section="two_stage",
+            dataset=SETTINGS[name].says,
+            values={
+                "methods": [found[method.name] for method in methods if method.name in found],
+                "rates": kindness(name) if old["rates"] is None else old["rates"],
+            },
+            parameters={"share": SHARE, "subsets": SUBSETS, "functionals": FUNCTIONALS},
+            seeds=SEEDS,
+            wall_time=time.perf_counter() - began,
+        )
     return path

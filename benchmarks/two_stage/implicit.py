@@ -34,7 +34,7 @@ from msif_lib.solvers import MinRes, Operator, Solver, SolveReport, SolverWarnin
 from msif_lib.support.operators import LinearOperator
 
 #: Factors of the largest eigenvalue from which a damping is chosen.
-FACTORS = (1e-3, 1e-2, 1e-1, 1.0)
+FACTORS = (1e-2, 1e-1, 1.0)
 # Relative residual of an iterative solve, and iterations allowed: of values that decide an order.
 _TOL, _ITERATIONS = 1e-3, 500
 
@@ -212,7 +212,7 @@ def case_2_gauss_newton(of: Problem, factor: float) -> Tensor:
 # --- EK-FAC --------------------------------------------------------------------------------------
 
 
-@register("EK-FAC in both stages", only=of_classes, tried=FACTORS)
+@register("EK-FAC in both stages", only=of_classes, tried=(1e-3, *FACTORS))
 def ekfac(of: Problem, factor: float) -> Tensor:
     """Multi-stage influence as Bao et al. (2025) state it, EK-FAC in both stages.
 
@@ -227,7 +227,7 @@ def ekfac(of: Problem, factor: float) -> Tensor:
     return case_scores(of, 2, fixed(factor), curvature="ekfac")
 
 
-@register("EK-FAC, cross term kept", only=of_classes, tried=FACTORS)
+@register("EK-FAC, cross term kept", only=of_classes, tried=(1e-3, *FACTORS))
 def ekfac_cross(of: Problem, factor: float) -> Tensor:
     """The same with the head's answer to the embedding.
 
