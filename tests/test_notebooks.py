@@ -15,6 +15,8 @@ from msif_lib.study.runner import ROOT, executed_path, find_notebooks, run
 pytestmark = pytest.mark.xdist_group("notebooks")
 
 NAMES = [notebook.name for notebook in find_notebooks(ROOT)]
+PAGES = sorted([*ROOT.glob("book/**/*.ipynb"), *ROOT.glob("notebooks/*.ipynb")])
+PAGES = [page for page in PAGES if "_build" not in page.parts]
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,15 @@ def test_every_notebook_runs_without_error_or_warning(executed: dict[str, Path])
     assert set(executed) == set(NAMES)
     for name, path in executed.items():
         refuse_debris(nbformat.read(path, as_version=4), name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_line_of_prose_is_lost_to_a_comment(page: Path) -> None:
+    """MyST drops a line that begins with a percent sign; none of these pages has a comment."""
+    for cell in nbformat.read(page, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            lost = [line for line in cell.source.splitlines() if line.lstrip().startswith("%")]
+            assert not lost, (cell.id, lost)
 
 
 def test_every_figure_says_what_it_shows(executed: dict[str, Path]) -> None:
