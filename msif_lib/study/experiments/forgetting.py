@@ -97,6 +97,7 @@ def finetune_in_steps(
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, not {alpha}")
     work, rule = _pulled(stage, alpha), SGD(learning_rate)
+    diverges = f"gradient descent diverges at learning rate {learning_rate}; lower it"
     # Plain gradient descent remembers nothing, so that its path may be had in pieces.
     pieces: dict[int, Path | None] = {}
     for before, after in pairwise([0, *sorted(set(steps))]):
@@ -105,9 +106,7 @@ def finetune_in_steps(
             try:
                 pieces[after] = descend(work, rule, after - before, work.size, 0, progress=False)
             except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"gradient descent diverges at learning rate {learning_rate}; lower it"
-                ) from error
+                raise FloatingPointError(diverges) from error
     ends = {
         k: (stage.vector() if piece is None else piece.end)[: stage.parameters.size]
         for k, piece in pieces.items()
@@ -117,14 +116,16 @@ def finetune_in_steps(
     back = work.vector().new_zeros(work.parameters.size, 0)
     for k, piece in reversed(pieces.items()):
         gradient = work.parameters.put(tested[k][2][:, None], stage.parameters.all)
+        if not gradient.isfinite().all():
+            raise FloatingPointError(diverges)
         back = torch.cat([gradient, back], 1)
         if piece is not None:
             back = Unrolled(work, piece).pull_back(back).handed
-    if not back.isfinite().all():
-        raise FloatingPointError(
-            f"the derivatives of gradient descent overflow at learning rate {learning_rate}; lower "
-            "it below 2 over the largest eigenvalue of the Hessian"
-        )
+        if not back.isfinite().all():
+            raise FloatingPointError(
+                f"the derivatives of gradient descent overflow at learning rate {learning_rate}; "
+                "lower it below 2 over the largest eigenvalue of the Hessian"
+            )
     of_start = back[: stage.embedding_size] + back[stage.parameters.size :]
     return {
         k: ShortFinetuning(ends[k], loss, accuracy, sensitivity)
