@@ -32,7 +32,8 @@
       gridColor: "var(--chart-grid)",
       labelColor: "var(--chart-ink)",
       labelFontSize: 12.5,
-      labelFlush: true,
+      labelFlush: false,
+      labelOverlap: "greedy",
       tickColor: "var(--chart-line)",
       titleColor: "var(--chart-ink)",
       titleFontSize: 13,
@@ -47,9 +48,9 @@
       titleFontSize: 13,
     },
     mark: { color: "var(--chart-1)" },
+    padding: { bottom: 5, left: 2, right: 16, top: 5 }, // half a label stands out at the right
     range: { category: [1, 2, 3, 4].map((n) => `var(--chart-${n})`) },
     rule: { color: "var(--chart-quiet)" },
-    style: { quiet: { fill: "var(--chart-quiet)", stroke: "var(--chart-quiet)" } },
     text: { color: "var(--chart-ink)", fontSize: 12.5 },
     title: { anchor: "start", color: "var(--chart-ink)", fontSize: 14 },
     view: { stroke: null },
@@ -58,9 +59,12 @@
   /** Draw a Vega-Lite specification in an element, in the page's colours; its view. */
   async function draw(element, spec) {
     await load(...VEGA);
+    const frame = document.createElement("div"); // Vega gives it a role; the element keeps its own
+    frame.className = "msif-drawn";
+    element.replaceChildren(frame);
     const config = { ...CONFIG, font: getComputedStyle(element).fontFamily };
     const options = { actions: false, config, renderer: "svg", tooltip: false };
-    return (await vegaEmbed(element, spec, options)).view;
+    return (await vegaEmbed(frame, spec, options)).view;
   }
 
   async function start(chart) {

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import altair as alt
+import numpy as np
+import pandas as pd
 from IPython.display import HTML
 
+#: The colour of lines that only help to read; those of series are ``var(--chart-1)`` to 4.
+QUIET = "var(--chart-quiet)"
+_DIGITS = 5  # significant, of every number that is drawn
 _PAGE = """\
 <figure class="msif-chart">
 <div class="live" hidden>
@@ -45,6 +50,74 @@ def at_place(chart: alt.Chart) -> alt.Chart:
         domains, or the axes move with the data.
     """
     return chart.transform_filter("datum.place == place")
+
+
+def stacked(places: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Put the data of all places into one frame.
+
+    Parameters
+    ----------
+    places
+        Columns of each place, in the slider's order: arrays of one length, tensors and numbers.
+
+    Returns
+    -------
+    DataFrame
+        With the column ``place`` beside them.
+    """
+    frames = [
+        pd.DataFrame({name: _plain(column) for name, column in one.items()}).assign(place=place)
+        for place, one in enumerate(places)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def scatter(
+    data: pd.DataFrame,
+    x_title: str,
+    y_title: str,
+    ends: Sequence[float] | None = None,
+    series: str | None = None,
+) -> alt.LayerChart:
+    """Plot columns ``x`` and ``y`` of the slider's place on equal axes, with the line of equality.
+
+    Parameters
+    ----------
+    data
+        As :func:`stacked` gives it.
+    x_title, y_title
+        Of the axes.
+    ends
+        Of both axes. Points beyond stand at the edge. By default all points of all places fit.
+    series
+        Column by which the points differ in colour and shape.
+    """
+    if ends is None:
+        low, high = data[["x", "y"]].min().min(), data[["x", "y"]].max().max()
+        ends = [low - 0.03 * (high - low), high + 0.03 * (high - low)]
+    scale = alt.Scale(domain=list(ends), clamp=True, nice=False)
+    x, y = alt.X("x:Q", title=x_title).scale(scale), alt.Y("y:Q", title=y_title).scale(scale)
+    equality = alt.Chart(pd.DataFrame({"x": ends, "y": ends})).encode(x, y)
+    points = at_place(alt.Chart(data)).encode(x, y)
+    if series is not None:
+        order = list(data[series].unique())
+        points = points.encode(
+            alt.Color(f"{series}:N", sort=order), alt.Shape(f"{series}:N", sort=order)
+        )
+    return equality.mark_line(color=QUIET, strokeDash=[5, 4]) + points.mark_point(
+        size=45, strokeWidth=2, color="var(--chart-2)"
+    )
+
+
+def with_mark(line: alt.Chart) -> alt.LayerChart:
+    """Draw a line through all places, with a mark at the slider's.
+
+    Parameters
+    ----------
+    line
+        With its encodings, one row a place and series.
+    """
+    return line.mark_line() + at_place(line.mark_circle(size=140, opacity=1))
 
 
 def slider(
@@ -113,7 +186,21 @@ def slider(
 
 def _specification(chart: alt.TopLevelMixin, start: int) -> dict[str, Any]:
     """The chart for Vega-Lite, as wide as its frame, without the colours of another theme."""
-    with_place = chart.add_params(alt.param(name="place", value=start))
-    spec = with_place.properties(width="container").to_dict()
+    spec = chart.properties(width="container").to_dict()
     del spec["config"]
-    return dict(spec)
+    spec["params"] = [*spec.get("params", []), {"name": "place", "value": start}]
+    return dict(_short(spec))
+
+
+def _plain(column: Any) -> Any:
+    """An array for what is one, or a tensor; names and numbers as they are."""
+    return column if isinstance(column, str) or np.ndim(column) == 0 else np.asarray(column)
+
+
+def _short(value: Any) -> Any:
+    """The same with all numbers cut to the digits that can be seen."""
+    if isinstance(value, dict):
+        return {key: _short(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
