@@ -151,6 +151,9 @@ def pearson(
 ) -> Estimate:
     """Pearson's correlation of two vectors ``(N,)``, with a bootstrap interval.
 
+    The interval is that of other pairs, by resampling them. Where pairs come from several seeds and
+    functionals, :func:`linear_datamodeling_score` and :func:`fidelity` allow for these too.
+
     Parameters
     ----------
     x, y
