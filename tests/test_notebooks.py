@@ -43,6 +43,18 @@ def test_no_line_of_prose_is_lost_to_a_comment(page: Path) -> None:
             assert not lost, (cell.id, lost)
 
 
+def test_no_cell_of_an_experiment_is_too_long_to_be_read() -> None:
+    found = {
+        path.stem: [
+            cell.id
+            for cell in nbformat.read(path, as_version=4).cells
+            if cell.cell_type == "code" and len(cell.source.splitlines()) > 40
+        ]
+        for path in (ROOT / "notebooks").glob("*.ipynb")
+    }
+    assert {name: cells for name, cells in found.items() if cells} == {}
+
+
 def test_every_figure_says_what_it_shows(executed: dict[str, Path]) -> None:
     for name, path in executed.items():
         for cell in nbformat.read(path, as_version=4).cells:

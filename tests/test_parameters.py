@@ -187,12 +187,12 @@ WRONG = [
     ("chain", {"alphas": y("[.inf, 1.0, 0.1]")}, "parameter alphas must be finite"),
     ("correlation", {"damping": -0.1}, "parameter damping must not be negative, but is -0.1"),
     ("damping", {"dampings": [0.1, -1.0]}, "parameter dampings must not be negative"),
-    ("correlation", {"fraction": p("1.5")}, "fraction = 1.5, but 0 < fraction <= 1 must hold"),
+    ("step_size", {"fraction": p("1.5")}, "fraction = 1.5, but 0 < fraction <= 1 must hold"),
     ("explorer", {"fraction": 0.0}, "fraction = 0.0, but 0 < fraction <= 1 must hold"),
     ("frontier", {"fraction": 1.0}, "fraction = 1.0, but fraction < 1 must hold"),
     ("chain", {"fraction": 2}, "fraction = 2, but 0 < fraction <= 1 must hold"),
     ("correlation", {"gradient_tol": 0}, "gradient_tol = 0, but gradient_tol > 0 must hold"),
-    ("correlation", {"momentum": 1.0}, "momentum = 1.0, but momentum < 1 must hold"),
+    ("trainings", {"momentum": 1.0}, "momentum = 1.0, but momentum < 1 must hold"),
     ("similarity", {"l2_pretrain": 0.0}, "l2_pretrain = 0.0, but l2_pretrain > 0 must hold"),
     ("cleansing", {"noise": 0.6}, "noise = 0.6, but 0 < noise <= 0.5 must hold"),
     ("uses", {"noise": 0.5}, "noise = 0.5, but 0 < noise < 0.5 must hold"),
@@ -234,12 +234,12 @@ WRONG = [
     ("case2", {"seed": 2**32}, "parameter seed must be at most 4294967295"),
     # Several that do not go together.
     ("correlation", {"removals": 501}, "pretrain_size = 500, removals = 501, but pretrain_size is"),
-    ("correlation", {"plain_removals": 2}, "but plain_removals == 0 or 3 <= plain_removals"),
-    ("correlation", {"early_removals": 101}, "early_removals = 101, removals = 100"),
-    ("correlation", {"early_epochs": [5, 0]}, "early_epochs = [5, 0], but min(early_epochs) >= 1"),
-    ("correlation", {"plain_lengths": []}, "plain_lengths = [], but min(plain_lengths) > 0"),
+    ("trainings", {"plain_removals": 2}, "but plain_removals == 0 or plain_removals >= 3"),
+    ("trainings", {"early_removals": 501}, "but pretrain_size is None or max(plain_removals, "),
+    ("trainings", {"early_epochs": [5, 0]}, "early_epochs = [5, 0], but min(early_epochs) >= 1"),
+    ("trainings", {"plain_lengths": []}, "plain_lengths = [], but min(plain_lengths) > 0"),
     (
-        "correlation",
+        "step_size",
         {"other_settings": [[[2]]]},
         "other_settings = [[[2]]], but all(len(pair)",
     ),
@@ -271,7 +271,7 @@ WRONG = [
     ("misclassified", {"finetune_classes": [4, 4]}, "finetune_classes must be at least two diff"),
     ("explorer", {"finetune_size": 5000}, f"finetune_size {PLENTY} (4, 5, 6, 7, 8, 9)"),
     ("correlation", {"widths": [2, 2, 2, 2]}, "widths [2, 2, 2, 2]: image_shape (1, 8, 8) is too"),
-    ("correlation", {"other_settings": [[[2] * 4, 0.1]]}, "widths [2, 2, 2, 2]: image_shape"),
+    ("step_size", {"other_settings": [[[2] * 4, 0.1]]}, "widths [2, 2, 2, 2]: image_shape"),
     ("nlp", {"finetune_size": 81}, "finetune_size must be a multiple of the 2 classes, not 81"),
     ("nlp", {"longest": 4}, "longest must be at least 5 tokens, not 4"),
     ("groups", {"two_stage": [5000, 180, 120]}, f"pretrain_size {PLENTY}"),
@@ -311,7 +311,7 @@ def test_a_profile_is_held_to_the_same_types(
 
 def test_all_that_is_wrong_is_told_at_once_and_nothing_is_made(tmp_path: Path) -> None:
     given = {"removal": 5, "alpha": -1, "fraction": 2, "record": "new/a.json", "checkpoint": "kept"}
-    message = refusal("correlation", given).splitlines()
+    message = refusal("step_size", given).splitlines()
     assert [line.split()[:3] for line in message] == [
         ["unknown", "parameter", "removal;"],
         ["parameter", "alpha", "must"],
