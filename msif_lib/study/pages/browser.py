@@ -1,41 +1,20 @@
-"""A headless Chromium, spoken to through a pipe: pages as a reader's browser shows them.
+"""A headless Chromium, driven by Playwright: pages as a reader's browser shows them.
 
-The protocol is that of Chromium's developer tools: JSON messages that end with a NUL byte, written
-to the browser's file descriptor 3 and read from its descriptor 4. No driver and no port is needed.
+The browser is the machine's own; Playwright's, which it would download, is not used.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import fcntl
-import json
-import os
-import select
 import shutil
-import signal
-import tempfile
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+from playwright.sync_api import Error, sync_playwright
 
 from msif_lib.study.runner import ProjectError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_FLAGS = (
-    "--headless",
-    "--no-sandbox",  # the pages are the project's own; containers have no sandbox
-    "--disable-dev-shm-usage",  # containers have little of it
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-    "--allow-file-access-from-files",
-    "--remote-debugging-pipe",
-)
 
 
 def find_chromium() -> str | None:
@@ -44,7 +23,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One headless browser with one page, closed at the end of a ``with`` block.
+    """One headless browser that shows one page, Playwright's `page`, until its ``with`` block ends.
 
     Parameters
     ----------
@@ -54,121 +33,66 @@ class Browser:
     Raises
     ------
     ProjectError
-        If there is no Chromium, or it does not answer.
+        If there is no Chromium, or it does not start.
     """
 
     def __init__(self, timeout: float = 300.0) -> None:
         program = find_chromium()
         if program is None:
             raise ProjectError(f"no Chromium found; looked for {', '.join(NAMES)} in PATH")
-        self._program = program
-        self._timeout = timeout
-        self._count = 0
-        self._session = ""
-        self._received = b""
-        self._loaded: set[str] = set()
-        self._profile = tempfile.mkdtemp()
-        reading, self._in = os.pipe()
-        self._out, writing = os.pipe()
-        # Above 4, so that neither is overwritten by the other's copy.
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (reading, writing)]
-        self._process = os.posix_spawn(
-            program,
-            [program, *_FLAGS, f"--user-data-dir={self._profile}"],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_DUP2, ends[0], 3),
-                (os.POSIX_SPAWN_DUP2, ends[1], 4),
-            ],
-        )
-        for end in (reading, writing, *ends):
-            os.close(end)
+        self._opened = contextlib.ExitStack()
         try:
-            target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-            self._session = attached["sessionId"]
-            self.call("Page.enable")
-            self.call("Page.setLifecycleEventsEnabled", enabled=True)
-        except BaseException:
-            self.close()
-            raise
+            playwright = self._opened.enter_context(sync_playwright())
+            self._browser = playwright.chromium.launch(
+                executable_path=program,
+                # The pages are the project's own, and containers have neither.
+                args=["--no-sandbox", "--disable-dev-shm-usage"],
+                timeout=1000 * timeout,
+            )
+            self._opened.callback(self._browser.close)
+        except Error as error:
+            self._opened.close()
+            raise ProjectError(f"{program} does not start: {error.message}") from error
+        self._timeout = 1000 * timeout
+        self._new_page()
+
+    def _new_page(self, width: int = 1400, **wishes: Any) -> None:
+        """Put an empty page in place of the one before."""
+        for context in self._browser.contexts:
+            context.close()
+        phone = width < 600
+        self.page = self._browser.new_page(
+            viewport={"width": width, "height": 900}, is_mobile=phone, has_touch=phone, **wishes
+        )
+        self.page.set_default_timeout(self._timeout)
+        self._session = self.page.context.new_cdp_session(self.page)
 
     def __enter__(self) -> Self:
         """Return the browser."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the browser and remove what it wrote."""
-        os.close(self._in)
-        os.close(self._out)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process, signal.SIGTERM)
-        os.waitpid(self._process, 0)
-        shutil.rmtree(self._profile, ignore_errors=True)
-
-    def _message(self) -> dict[str, Any]:
-        """Return the browser's next message."""
-        while b"\0" not in self._received:
-            ready, _, _ = select.select([self._out], [], [], self._timeout)
-            if not ready:
-                raise ProjectError(f"{self._program} did not answer within {self._timeout:.0f} s")
-            data = os.read(self._out, 1 << 20)
-            if not data:
-                raise ProjectError(f"{self._program} ended unexpectedly")
-            self._received += data
-        message, _, self._received = self._received.partition(b"\0")
-        return dict(json.loads(message))
+        """Close the browser."""
+        self._opened.close()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol and return its result.
+        """Call a method of Chromium's own protocol and return its result.
 
         Parameters
         ----------
         method
-            Such as ``Page.navigate``.
+            Such as ``Accessibility.getFullAXTree``.
         **parameters
             Its parameters.
-
-        Raises
-        ------
-        ProjectError
-            If the browser refuses the call or does not answer.
         """
-        self._count += 1
-        request: dict[str, Any] = {"id": self._count, "method": method, "params": parameters}
-        if self._session:
-            request["sessionId"] = self._session
-        data = json.dumps(request).encode() + b"\0"
-        try:
-            while data:
-                data = data[os.write(self._in, data) :]
-        except BrokenPipeError as error:
-            raise ProjectError(f"{self._program} ended unexpectedly") from error
-        while True:
-            message = self._message()
-            if message.get("id") == self._count:
-                if "error" in message:
-                    raise ProjectError(f"Chromium, {method}: {message['error']['message']}")
-                return dict(message["result"])
-            self._note(message)
+        return self._session.send(method, parameters)
 
-    def _note(self, message: dict[str, Any]) -> None:
-        """Remember which of the pages asked for has been loaded."""
-        about = message.get("params", {})
-        if message.get("method") == "Page.lifecycleEvent" and about["name"] == "load":
-            self._loaded.add(about["loaderId"])
-
-    def open(self, page: Path | str, theme: str = "light", width: int = 1400) -> None:
+    def open(
+        self, page: Path | str, theme: Literal["light", "dark"] = "light", width: int = 1400
+    ) -> None:
         """Show a page and wait until it is loaded, its formulas included.
 
         Parameters
@@ -176,30 +100,12 @@ class Browser:
         page
             A file, or an address.
         theme
-            ``light`` or ``dark``, as the reader's system prefers.
+            As the reader's system prefers.
         width
             Of the window, in CSS pixels; below 600 it is a telephone's.
         """
-        phone = width < 600
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=900,
-            deviceScaleFactor=1,
-            mobile=phone,
-        )
-        preferred = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
-        features = [{"name": name, "value": value} for name, value in preferred.items()]
-        self.call("Emulation.setEmulatedMedia", features=features)
-        url = page.resolve().as_uri() if isinstance(page, Path) else page
-        answer = self.call("Page.navigate", url=url)
-        if "errorText" in answer:
-            raise ProjectError(f"{url}: {answer['errorText']}")
-        deadline = time.monotonic() + self._timeout
-        while answer["loaderId"] not in self._loaded:
-            if time.monotonic() > deadline:
-                raise ProjectError(f"{url} did not load within {self._timeout:.0f} s")
-            self._note(self._message())
+        self._new_page(width, color_scheme=theme, reduced_motion="reduce")
+        self.page.goto(page.resolve().as_uri() if isinstance(page, Path) else page)
         self.evaluate(
             "(async () => { await document.fonts.ready;"
             " if (window.MathJax && MathJax.startup) await MathJax.startup.promise; })()"
@@ -218,35 +124,7 @@ class Browser:
         ProjectError
             If it throws.
         """
-        answer = self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
-        )
-        if "exceptionDetails" in answer:
-            details = answer["exceptionDetails"]
-            raise ProjectError(details.get("exception", {}).get("description", details["text"]))
-        return answer["result"].get("value")
-
-    def screenshot(self, path: Path, full: bool = True) -> None:
-        """Save what the page shows as a PNG file.
-
-        Parameters
-        ----------
-        path
-            The file.
-        full
-            The whole page, or what fits the window.
-        """
-        answer = self.call("Page.captureScreenshot", captureBeyondViewport=full)
-        path.write_bytes(base64.b64decode(answer["data"]))
-
-    def pdf(self, path: Path, **options: Any) -> None:
-        """Print the page into a PDF file.
-
-        Parameters
-        ----------
-        path
-            The file.
-        **options
-            Those of the protocol's ``Page.printToPDF``.
-        """
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", **options)["data"]))
+        try:
+            return self.page.evaluate(expression)
+        except Error as error:
+            raise ProjectError(error.message) from error

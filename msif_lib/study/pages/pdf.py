@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 import yaml
@@ -26,9 +27,12 @@ from msif_lib.study.pages.browser import Browser
 from msif_lib.study.pages.editions import left_out
 from msif_lib.study.runner import ROOT, ProjectError
 
-# A4, in inches, with room for the page number.
-_PAPER = {"paperWidth": 8.27, "paperHeight": 11.69, "preferCSSPageSize": False}
-_MARGINS = {"marginTop": 0.7, "marginBottom": 0.8, "marginLeft": 0.65, "marginRight": 0.65}
+# With room for the page number.
+_PAPER: dict[str, Any] = {
+    "format": "A4",
+    "margin": {"top": "0.7in", "bottom": "0.8in", "left": "0.65in", "right": "0.65in"},
+    "print_background": True,
+}
 _NUMBER = (
     '<div style="width: 100%; text-align: center; font: 9px sans-serif; color: #444">'
     '<span class="pageNumber"></span></div>'
@@ -52,7 +56,8 @@ def table_of_contents(root: Path) -> list[tuple[str, str]]:
     pages = [("", str(toc["root"]))]
     for part in toc.get("parts", [{"chapters": toc.get("chapters", [])}]):
         for chapter in part["chapters"]:
-            pages.append((str(part.get("caption", "")), str(chapter["file"])))
+            for page in (chapter, *chapter.get("sections", [])):
+                pages.append((str(part.get("caption", "")), str(page["file"])))
     return pages
 
 
@@ -62,13 +67,12 @@ def _number_pages(browser: Browser, count: int, folder: Path) -> PdfReader:
     page = '<div style="break-after: page">&nbsp;</div>'
     blank.write_text(f"<html><body>{page * (count - 1)}<div>&nbsp;</div></body></html>")
     browser.open(blank)
-    browser.pdf(
-        folder / "numbers.pdf",
-        displayHeaderFooter=True,
-        headerTemplate="<span></span>",
-        footerTemplate=_NUMBER,
+    browser.page.pdf(
+        path=folder / "numbers.pdf",
+        display_header_footer=True,
+        header_template="<span></span>",
+        footer_template=_NUMBER,
         **_PAPER,
-        **_MARGINS,
     )
     return PdfReader(folder / "numbers.pdf")
 
@@ -127,7 +131,7 @@ def make_pdf(root: Path = ROOT, edition: str = "reader") -> Path:
             # Boxes and folded cells that no print rule reaches.
             browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true); 0")
             printed = folder / "page.pdf"
-            browser.pdf(printed, printBackground=True, **_PAPER, **_MARGINS)
+            browser.page.pdf(path=printed, **_PAPER)
             reader = PdfReader(io.BytesIO(printed.read_bytes()))
             first[source] = len(writer.pages)
             writer.append(reader, import_outline=False)
