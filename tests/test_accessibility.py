@@ -1,4 +1,4 @@
-"""An automated checker, axe-core, looks at pages in headless Chromium, light and dark.
+"""Pages as a reader's browser shows them: what axe-core finds, and what is wider than its frame.
 
 A small book with one of everything is rendered for it. With MSIF_CHECK_BOOK set in the environment,
 all pages of the book that `make book` rendered are looked at as well: some minutes.
@@ -91,6 +91,8 @@ Thought.
 | --- | --- |
 | 1 | 2 |
 
+{{wide}}
+
 ```python
 # A comment
 def double(x: float) -> float:
@@ -102,6 +104,47 @@ BOXES = "\n\n".join(
     f"```{{{kind}}}\nA box of the kind {kind}, with a [link](https://example.org) and `code`.\n```"
     for kind in ("note", "tip", "warning", "important", "seealso", "margin", "dropdown", "caution")
 )
+COLUMNS = [f"Column number {number}" for number in range(12)]
+WIDE = "\n".join(
+    f"| {' | '.join(cells)} |"
+    for cells in (COLUMNS, ["---"] * 12, [f"{number}.25 [0.11, 0.99]" for number in range(12)])
+)
+# What reaches beyond the page's column without a frame of its own that scrolls; a table never may.
+TOO_WIDE = """(() => {
+  const article = document.querySelector('.bd-article');
+  const shown = (part) => part.getClientRects().length > 0;
+  const scrolls = (part) => /auto|scroll/.test(getComputedStyle(part).overflowX);
+  const found = [];
+  if (document.documentElement.scrollWidth > window.innerWidth + 1) found.push('the page');
+  for (const table of article.querySelectorAll('table')) {
+    if (shown(table) && table.offsetWidth > table.parentElement.clientWidth + 1)
+      found.push('table: ' + table.innerText.slice(0, 60));
+  }
+  const edge = article.getBoundingClientRect().right;
+  for (const part of article.querySelectorAll('img, svg, figure, pre, mjx-container, iframe')) {
+    if (!shown(part) || part.closest('.msif-explorer')) continue;
+    let frame = part;
+    while (frame !== article && !scrolls(frame)) frame = frame.parentElement;
+    if (frame === article && part.getBoundingClientRect().right > edge + 1)
+      found.push(part.tagName + ': ' + (part.alt || part.innerText || '').slice(0, 60));
+  }
+  return found;
+})()"""
+
+
+def too_wide(browser: Browser, page: Path, width: int) -> list[str]:
+    """What is wider than its frame, with everything unfolded."""
+    browser.open(page, "light", width)
+    unfold(browser)
+    # Tables are fitted to their frames when these have been laid out.
+    browser.evaluate("new Promise(done => setTimeout(done, 200))")
+    found = browser.evaluate(TOO_WIDE)
+    return [f"{page.name}, {width} pixels wide, too wide: {part}" for part in found]
+
+
+def unfold(browser: Browser) -> None:
+    """Open what is folded away, which would not be looked at."""
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
 
 
 def faults(browser: Browser, page: Path, theme: str, width: int = 1400) -> list[str]:
@@ -113,8 +156,7 @@ def faults(browser: Browser, page: Path, theme: str, width: int = 1400) -> list[
         "document.head.append(Object.assign(document.createElement('style'),"
         " {textContent: '* {transition: none !important}'})); 0"
     )
-    # What is folded away would not be looked at.
-    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true); 0")
+    unfold(browser)
     found = browser.evaluate(
         f"axe.run({{exclude: {NOT_LOOKED_AT}}}, {{resultTypes: ['violations']}})"
         ".then(result => result.violations.map(rule => rule.id + ': ' + rule.nodes.slice(0, 3)"
@@ -125,7 +167,8 @@ def faults(browser: Browser, page: Path, theme: str, width: int = 1400) -> list[
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = sample_book(tmp_path_factory.mktemp("book"), EVERYTHING.replace("{{boxes}}", BOXES))
+    page = EVERYTHING.replace("{{boxes}}", BOXES).replace("{{wide}}", WIDE)
+    root = sample_book(tmp_path_factory.mktemp("book"), page)
     return book.build(root, "default", "instructor")
 
 
@@ -149,6 +192,35 @@ def test_no_fault_in_a_page_with_one_of_everything(everything: Path) -> None:
     assert not found, "\n".join(found)
 
 
+def test_a_table_too_wide_for_its_frame_becomes_a_list(everything: Path) -> None:
+    """By row, each value after its column's name; a screen reader still has a table."""
+    with Browser() as browser:
+        for width in (1400, 390):
+            assert too_wide(browser, everything, width) == []
+        table = browser.page.locator("table", has_text=COLUMNS[0])
+        assert "stacked" in table.get_attribute("class")
+        cell = table.locator("td").nth(3)
+        before = "cell => getComputedStyle(cell, '::before').content"
+        assert cell.evaluate(before) == f'"{COLUMNS[3]}"'
+        assert cell.get_attribute("role") == "cell"
+        narrow = browser.page.locator("table", has_text="a").first
+        assert "stacked" not in narrow.get_attribute("class")
+        # Without the scripts its frame scrolls.
+        browser.evaluate("document.querySelector('table.stacked').classList.remove('stacked')")
+        assert browser.evaluate(TOO_WIDE) == [f"table: {table.inner_text()[:60]}"]
+
+
+def test_the_contents_beside_the_page_show_where_the_reader_is(everything: Path) -> None:
+    with Browser() as browser:
+        browser.open(everything)
+        heading = browser.page.get_by_role("heading", name="A table and code")
+        heading.scroll_into_view_if_needed()
+        browser.page.mouse.wheel(0, 10_000)
+        active = browser.page.locator(".bd-toc-nav .nav-link.active")
+        active.first.wait_for()
+        assert "Boxes" in active.all_inner_texts()
+
+
 def test_no_fault_in_any_page_of_the_rendered_book() -> None:
     if "MSIF_CHECK_BOOK" not in os.environ:
         pytest.skip("MSIF_CHECK_BOOK is not set: looks at all pages that make book has rendered")
@@ -159,6 +231,8 @@ def test_no_fault_in_any_page_of_the_rendered_book() -> None:
         for page in pages_of(folder):
             for theme in ("light", "dark"):
                 found += faults(browser, page, theme)
+            for width in (1400, 390):
+                found += too_wide(browser, page, width)
     assert not found, "\n".join(found) + "\n(is the book older than its sources? make book)"
 
 

@@ -35,6 +35,7 @@ from msif_lib.study.pages.downloads import (
     folder_of,
     publish,
     read_repository,
+    simplify_downloads,
     with_install_cell,
 )
 from msif_lib.study.pages.editions import (
@@ -43,6 +44,7 @@ from msif_lib.study.pages.editions import (
     strip_markdown,
     strip_notebook,
 )
+from msif_lib.study.pages.plain import read_book
 from msif_lib.study.pages.status import status_page
 from msif_lib.study.runner import (
     PACKAGES,
@@ -116,7 +118,6 @@ def assemble(root: Path, profile: str, edition: str = "reader") -> Path:
         nbformat.write(content, target)
     (tree / "status.md").write_text(status_page(root, profile, notebooks), encoding="utf-8")
     _configure(tree, edition, notebooks, repository)
-    publish(folder / "published", notebooks, edition, repository)
     return tree
 
 
@@ -232,6 +233,10 @@ def build(root: Path = ROOT, profile: str = "default", edition: str = "reader") 
         refuse_dead_links(rendered)
         refuse_structural_faults(rendered)
         refuse_leaks(rendered, edition)
+        plain = read_book(tree, rendered)
+        simplify_downloads(rendered, plain)
+        notebooks = find_notebooks(root)
+        publish(tree.parent / "published", notebooks, edition, read_repository(root), plain)
         stamp.unlink(missing_ok=True)
         shutil.rmtree(html, ignore_errors=True)
         html.parent.mkdir(parents=True, exist_ok=True)

@@ -33,17 +33,14 @@ _GREY = "#6B7280"
 def use_style() -> None:
     """Set the style of all figures that follow.
 
-    Letters stay legible when a figure is as wide as a telephone; the background is opaque and
-    near white, so that a figure reads on a dark page as well.
+    Letters stay legible when a figure is as wide as a telephone; the background is white, which
+    the book's pages make their own, light or dark.
     """
     sns.set_theme(context="notebook", style="ticks", palette=list(PALETTE.values()))
     plt.rcParams.update(
         {
             "figure.figsize": (6.4, 4.6),
             "figure.dpi": 110,
-            "figure.facecolor": "#FCFCFC",
-            "axes.facecolor": "#FCFCFC",
-            "savefig.facecolor": "#FCFCFC",
             "savefig.dpi": 200,
             "savefig.bbox": "tight",
             "savefig.pad_inches": 0.15,
@@ -126,7 +123,7 @@ def scatter_agreement(
         transform=ax.transAxes,
         va="top",
         fontsize=12,
-        bbox={"facecolor": "#FCFCFC", "edgecolor": "none", "alpha": 0.85, "pad": 2},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 2},
         zorder=4,
     )
     ax.legend(loc="lower right")

@@ -6,7 +6,7 @@ The project does not know its own public address. It is read from the environmen
 
 Colab and Binder open a file of a branch, ``MSIF_BRANCH`` (``published`` unless set). `publish`
 writes what that branch holds in place of the sources: the notebooks of one edition, each with the
-first cell.
+first cell. These, and the executed ones that the pages offer, are in plain Markdown.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 
 from msif_lib.study.pages.editions import strip_notebook
+from msif_lib.study.pages.plain import Book, in_plain_markdown
 from msif_lib.study.runner import FOLDERS, Notebook, ProjectError
 
 INSTALL_ID = "install-msif"
@@ -138,7 +139,11 @@ def folder_of(notebook: Notebook) -> str:
 
 
 def publish(
-    folder: Path, notebooks: list[Notebook], edition: str, repository: Repository | None
+    folder: Path,
+    notebooks: list[Notebook],
+    edition: str,
+    repository: Repository | None,
+    book: Book,
 ) -> None:
     """Write the notebooks of an edition as a repository's branch is to hold them.
 
@@ -152,10 +157,30 @@ def publish(
         ``reader``, ``student`` or ``instructor``.
     repository
         Where the branch is.
+    book
+        Of the rendered book, for plain Markdown.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for notebook in notebooks:
         stripped = strip_notebook(notebook.read(), edition, f"notebook {notebook.name}")
+        plain = in_plain_markdown(stripped, f"{notebook.section}/{notebook.name}", book)
         target = folder / folder_of(notebook) / notebook.path.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(with_install_cell(stripped, folder_of(notebook), repository), target)
+        nbformat.write(with_install_cell(plain, folder_of(notebook), repository), target)
+
+
+def simplify_downloads(html: Path, book: Book) -> None:
+    """Rewrite the notebooks that the pages offer in plain Markdown.
+
+    Parameters
+    ----------
+    html
+        The folder of the rendered book.
+    book
+        Of that rendered book.
+    """
+    folder = html / "_sources"
+    for path in sorted(folder.rglob("*.ipynb")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        content = nbformat.read(path, as_version=4)
+        nbformat.write(in_plain_markdown(content, name, book), path)

@@ -32,6 +32,7 @@ EDITIONS: dict[str, frozenset[str]] = {
     "instructor": frozenset(),
 }
 _OPENING = re.compile(r"^\s*(?P<fence>:{3,}|`{3,}|~{3,})\s*(?:\{(?P<name>[^}]+)\})?(?P<rest>.*)$")
+_OPTION = re.compile(r"^\s*:(?P<name>[\w-]+):(?:\s+(?P<value>.*?))?\s*$")
 
 
 @dataclass(frozen=True)
@@ -67,16 +68,6 @@ def left_out(edition: str) -> frozenset[str]:
     return EDITIONS[edition]
 
 
-def _kind(name: str | None, rest: str, options: list[str]) -> str:
-    """Return ``solution``, ``teaching`` or nothing."""
-    if name == "solution":
-        return "solution"
-    note = rest.strip().lower().startswith("teaching note")
-    if name == "admonition" and (note or any("teaching-note" in line for line in options)):
-        return "teaching"
-    return ""
-
-
 def _directives(text: str, where: str) -> list[_Directive]:
     """Return the solutions and teaching notes in a Markdown text."""
     lines = text.splitlines()
@@ -85,34 +76,91 @@ def _directives(text: str, where: str) -> list[_Directive]:
     return found
 
 
+@dataclass(frozen=True)
+class Fence:
+    """A fenced block of MyST Markdown.
+
+    Parameters
+    ----------
+    name
+        Of the directive, as ``prf:theorem``; empty for plain code.
+    argument
+        What follows the name.
+    options
+        The lines ``:name: value`` below it.
+    first, end
+        The number of the first line of its body, and of the line after its closing fence.
+    """
+
+    name: str
+    argument: str
+    options: dict[str, str]
+    first: int
+    end: int
+
+
+def fence_at(lines: list[str], number: int, last: int, where: str) -> Fence | None:
+    """Return the fenced block that opens with a line, or None.
+
+    Parameters
+    ----------
+    lines
+        Of MyST Markdown, without their line breaks.
+    number
+        That line.
+    last
+        Where the block must have ended.
+    where
+        The page or cell, for messages.
+
+    Raises
+    ------
+    ProjectError
+        If the fence is not closed.
+    """
+    opening = _OPENING.match(lines[number])
+    if not opening or ("`" in opening["rest"] and opening["fence"].startswith("`")):
+        return None  # plain text, or code within a line
+    fence = opening["fence"]
+    closing = re.compile(rf"^\s*{re.escape(fence[0])}{{{len(fence)},}}\s*$")
+    end = next((i for i in range(number + 1, last) if closing.match(lines[i])), None)
+    if end is None:
+        raise ProjectError(f"{where}: the fence {lines[number].strip()!r} is not closed")
+    options = {}
+    first = number + 1
+    while opening["name"] and first < end and (found := _OPTION.match(lines[first])):
+        options[found["name"]] = found["value"] or ""
+        first += 1
+    return Fence(opening["name"] or "", opening["rest"].strip(), options, first, end + 1)
+
+
+def _kind(fence: Fence) -> str:
+    """Return ``solution``, ``teaching`` or nothing."""
+    if fence.name == "solution":
+        return "solution"
+    note = fence.argument.lower().startswith("teaching note")
+    if fence.name == "admonition" and (note or "teaching-note" in fence.options.get("class", "")):
+        return "teaching"
+    return ""
+
+
 def _find(lines: list[str], number: int, last: int, where: str, found: list[_Directive]) -> None:
     """Append the solutions and teaching notes between two lines."""
     while number < last:
-        opening = _OPENING.match(lines[number])
-        if not opening or ("`" in opening["rest"] and opening["fence"].startswith("`")):
-            number += 1  # plain text, or code within a line
+        fence = fence_at(lines, number, last, where)
+        if fence is None:
+            number += 1
             continue
-        name, fence = opening["name"], opening["fence"]
-        if name in ("solution-start", "solution-end"):
+        if fence.name in ("solution-start", "solution-end"):
             raise ProjectError(
-                f"{where} has a {{{name}}}; write the solution as one {{solution}} directive"
+                f"{where} has a {{{fence.name}}}; write the solution as one {{solution}} directive"
             )
-        closing = re.compile(rf"^\s*{re.escape(fence[0])}{{{len(fence)},}}\s*$")
-        end = next((i for i in range(number + 1, last) if closing.match(lines[i])), None)
-        if end is None:
-            raise ProjectError(f"{where}: the fence {lines[number].strip()!r} is not closed")
-        options = []
-        for line in lines[number + 1 : end]:
-            if not line.strip().startswith(":") or _OPENING.match(line):
-                break
-            options.append(line.strip())
-        kind = _kind(name, opening["rest"], options)
+        kind = _kind(fence)
         if kind:
-            labels = [line.split(":", 2)[2].strip() for line in options if ":label:" in line]
-            found.append(_Directive(kind, number, end + 1, "".join(labels)))
-        elif name is not None and name not in ("code", "code-block", "code-cell", "math"):
-            _find(lines, number + 1, end, where, found)  # a directive that may hold others
-        number = end + 1
+            found.append(_Directive(kind, number, fence.end, fence.options.get("label", "")))
+        elif fence.name and fence.name not in ("code", "code-block", "code-cell", "math"):
+            _find(lines, fence.first, fence.end - 1, where, found)  # it may hold others
+        number = fence.end
 
 
 def strip_markdown(text: str, edition: str, where: str = "this text") -> str:

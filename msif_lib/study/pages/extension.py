@@ -1,4 +1,4 @@
-"""The Sphinx extension of the book: launch buttons, and pages that a screen reader can read."""
+"""The Sphinx extension of the book: launch buttons, captions, and pages for a screen reader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 
 from docutils.nodes import document
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon.docstring import GoogleDocstring
+from sphinx.writers.html5 import HTML5Translator
+
+from msif_lib.study.pages.captions import CaptionedTable, number_captions
 
 _ICONS = {
     "Colab": "_static/images/logo_colab.png",
@@ -55,6 +59,8 @@ _MENDED = (
     (r' id="(?:exercise|solution|proof)-content"', ""),
     # Nor may all proofs of a page have one name.
     (r'(<div class="proof admonition") id="proof"', r"\1"),
+    # A place whose name has a colon is none that a script can select.
+    (r'( id="|href="[^"#:]*#)([\w-]+):([\w:-]+")', r"\1\2-\3"),
     # A role that has been given up: what stands in a list is an item of it.
     (r'(<div class="citation"[^>]*) role="doc-biblioentry"', r'\1 role="listitem"'),
     # Notes in the margin and at the foot are not parts of the page to jump to.
@@ -72,6 +78,12 @@ def _mend(
             context["body"] = re.sub(pattern, replacement, context["body"])
 
 
+def _whole_docstring(parser: GoogleDocstring) -> tuple[str, list[str]]:
+    """Return a property's docstring as a sentence: what stands before a colon is no type."""
+    lines = parser._dedent(parser._consume_to_end())
+    return "", parser.__class__(lines, parser._config).lines()
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the extension.
 
@@ -84,4 +96,12 @@ def setup(app: Sphinx) -> dict[str, bool]:
     # After the theme, whose list of buttons is then complete.
     app.connect("html-page-context", _add_launch_buttons, priority=600)
     app.connect("html-page-context", _mend)
+    app.add_enumerable_node(
+        CaptionedTable,
+        "table",
+        html=(HTML5Translator.visit_figure, HTML5Translator.depart_figure),
+    )
+    app.connect("doctree-read", number_captions)
+    # napoleon has no setting for it.
+    GoogleDocstring._consume_inline_attribute = _whole_docstring  # type: ignore[method-assign, assignment]
     return {"parallel_read_safe": True, "parallel_write_safe": True}
