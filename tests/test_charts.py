@@ -8,12 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import altair as alt
+import nbformat
+import numpy as np
 import pytest
 
 from msif_lib.study import charts
 from msif_lib.study.pages.browser import Browser, find_chromium
-from msif_lib.study.runner import ROOT
+from msif_lib.study.runner import ROOT, executed_path, find_notebooks, run
 
+# The notebooks run once, in one worker.
+pytestmark = pytest.mark.xdist_group("notebooks")
+
+CHAPTERS = ["case2", "centre", "damping", "steps"]
 STATIC = ROOT / "book" / "_static"
 VENDOR = STATIC / "vendor"
 VEGA = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
@@ -72,6 +78,23 @@ def test_what_makes_no_figure_is_refused(panels, positions, sentences, start, me
         charts.slider(panels, "l", positions, sentences, start)
 
 
+def test_places_are_stacked_in_order() -> None:
+    found = charts.stacked({"x": np.array([1.0, 2.0]), "y": y, "name": "a"} for y in (0.5, 0.7))
+    assert found.place.tolist() == [0, 0, 1, 1]
+    assert found.x.tolist() == [1, 2, 1, 2]
+    assert found.y.tolist() == [0.5, 0.5, 0.7, 0.7]
+    assert set(found.name) == {"a"}
+
+
+def test_the_axes_of_a_scatter_hold_all_points_of_all_places() -> None:
+    data = charts.stacked({"x": np.array([-1.0, 3.0]), "y": np.array([0.0, top])} for top in (1, 7))
+    equality, points = charts.scatter(data, "x", "y").to_dict()["layer"]
+    for layer in (equality, points):
+        for axis in "xy":
+            low, high = layer["encoding"][axis]["scale"]["domain"]
+            assert -2 < low < -1 and 7 < high < 8
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if find_chromium() is None:
@@ -109,11 +132,7 @@ def show(browser: Browser, page: Path, theme: str = "light", width: int = 1400) 
 
 
 def press(browser: Browser, key: str) -> None:
-    code = {"Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Home": 36, "End": 35}[key]
-    for kind in ("rawKeyDown", "keyUp"):
-        browser.call(
-            "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
-        )
+    browser.page.keyboard.press(key)
     browser.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
 
 
@@ -140,16 +159,53 @@ def test_keys_move_the_slider_the_sentence_and_all_panels(shown: Browser) -> Non
         assert len(set(panel)) == 3
 
 
+@pytest.fixture(scope="module")
+def of_chapters() -> dict[str, str]:
+    """The figure of each chapter that has one, from the smoke profile."""
+    notebooks = find_notebooks(ROOT, CHAPTERS)
+    failed = {o.notebook.name: o.error for o in run(ROOT, "smoke", CHAPTERS) if o.error}
+    assert not failed, failed
+    found = {}
+    for notebook in notebooks:
+        cells = nbformat.read(executed_path(ROOT, "smoke", notebook), as_version=4).cells
+        (output,) = next(cell.outputs for cell in cells if cell.id == "chart")
+        found[notebook.name] = output.data["text/html"]
+    return found
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_figure_of_a_chapter_moves_at_every_step(browser, of_chapters, tmp_path, chapter):
+    show(browser, standalone(tmp_path / "page.html", of_chapters[chapter]))
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('.msif-chart tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.textContent))"
+    )
+    press(browser, "Tab")
+    press(browser, "Home")
+    drawn = []
+    for place, (position, says) in enumerate(rows):
+        if place:
+            press(browser, "ArrowRight")
+        assert browser.evaluate("document.activeElement.ariaValueText") == position
+        assert browser.evaluate("document.querySelector('.says').textContent") == says
+        drawn.append(browser.evaluate("document.querySelector('.panels').innerHTML"))
+    assert len(rows) >= 2 and len(set(drawn)) == len(rows)
+    marks = "[...document.querySelectorAll('.panel')].map(p => p.querySelectorAll('path').length)"
+    assert min(browser.evaluate(marks)) > 3
+    assert "NaN" not in drawn[-1]
+
+
 def test_what_a_screen_reader_hears(shown: Browser) -> None:
     shown.call("Accessibility.enable")
     nodes = shown.call("Accessibility.getFullAXTree")["nodes"]
-    names = {}
+    names: dict[str, list[str]] = {}
     for node in nodes:
         if not node["ignored"]:
             role = node["role"]["value"]
             names.setdefault(role, []).append(node.get("name", {}).get("value", ""))
     assert names["slider"] == ["pull α"]
     assert names["image"] == ["A line", "The same"], "a panel is one image, not each of its marks"
+    assert not [role for role in names if role.startswith("graphics")]
     assert shown.evaluate("document.querySelector('.says').getAttribute('role')") == "status"
 
 

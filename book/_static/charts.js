@@ -25,7 +25,7 @@
 
   // Colours are those of charts.css, so that they follow the page's theme by themselves.
   const CONFIG = {
-    aria: false, // the frame around a chart has its name, and the sentence what it shows
+    aria: false,
     background: "transparent",
     axis: {
       domainColor: "var(--chart-line)",
@@ -59,8 +59,9 @@
   /** Draw a Vega-Lite specification in an element, in the page's colours; its view. */
   async function draw(element, spec) {
     await load(...VEGA);
-    const frame = document.createElement("div"); // Vega gives it a role; the element keeps its own
+    const frame = document.createElement("div");
     frame.className = "msif-drawn";
+    frame.ariaHidden = "true"; // a screen reader gets the element's own name, not each mark
     element.replaceChildren(frame);
     const config = { ...CONFIG, font: getComputedStyle(element).fontFamily };
     const options = { actions: false, config, renderer: "svg", tooltip: false };
