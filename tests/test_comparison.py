@@ -48,14 +48,14 @@ def found(value: float, low: float, high: float, data: str = "cifar10", **more: 
 @pytest.mark.parametrize(
     ("claim", "interval", "word"),
     [
-        (GAIN, (0.1, -0.1, 0.3), "inconclusive"),
-        (GAIN, (0.1, 0.0, 0.3), "inconclusive"),  # the end belongs to the interval
+        (GAIN, (0.1, -0.1, 0.3), "unclear"),
+        (GAIN, (0.1, 0.0, 0.3), "unclear"),  # the end belongs to the interval
         (GAIN, (-0.3, -0.4, -0.1), "opposite"),
         (GAIN, (0.15, 0.1, 0.2), "reproduced"),
         (GAIN, (0.5, 0.4, 0.6), "stronger"),
         (GAIN, (0.1, 0.05, 0.15), "weaker"),
         (GAIN, (0.2, 0.2, 0.2), "no interval"),  # though it is the paper's number
-        (DROP, (0.9, 0.7, 1.1), "inconclusive"),
+        (DROP, (0.9, 0.7, 1.1), "unclear"),
         (DROP, (1.5, 1.2, 1.9), "opposite"),
         (DROP, (0.5, 0.4, 0.6), "reproduced"),
         (DROP, (0.3, 0.2, 0.4), "stronger"),
@@ -64,7 +64,7 @@ def found(value: float, low: float, high: float, data: str = "cifar10", **more: 
         (UNSTATED, (0.9, 0.8, 0.95), "not comparable"),
         (UNSTATED, (0.1, -0.1, 0.3), "not comparable"),
         (BASELINE, (0.1, -0.05, 0.3), "reproduced"),
-        (BASELINE, (0.1, -0.6, 0.7), "inconclusive"),  # it would hold nearly any number
+        (BASELINE, (0.1, -0.6, 0.7), "unclear"),  # it would hold nearly any number
         (BASELINE, (0.4, 0.36, 0.5), "stronger"),
         (BASELINE, (-0.2, -0.3, -0.1), "weaker"),
     ],

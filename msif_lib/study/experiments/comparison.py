@@ -134,15 +134,15 @@ CLAIMS = (
     Claim("r_identity_top", "4.1, Fig. 2c", "identity for the inverse Hessians: r", "r = 0.17",
           data="mnist", paper=0.17, none=None, interval=(-0.03, 0.35)),
     Claim("harmful_loss_quantile", "4.1, Fig. 3", "most harmful images: rank by their own loss",
-          "“low quality”", none=0.5, why=_QUALITY),
+          "two pairs", none=0.5, why=_QUALITY),
     Claim("harmful_knn_disagreement", "4.1, Fig. 3",
-          "most harmful images: unlike neighbours, more than at random", "“low quality”",
+          "most harmful images: unlike neighbours, more than at random", "two pairs",
           why=_QUALITY),
     Claim("cleansing_accuracy_gain_10", "4.2", "10 % most harmful out: gain in points",
           "58.15 → 58.36 %", paper=0.21, accuracy=58.15, why=_NOISE),
     Claim("cleansing_random_gain_10", "4.2", "10 % at random out: gain in points",
           "58.15 → 58.08 %", paper=-0.07, direction=-1, accuracy=58.15, why=_NOISE),
-    Claim("similarity_ratio", "4.3, Fig. B", "mean |I|: like task over unlike", "0.055 / 0.025",
+    Claim("similarity_ratio", "4.3, Fig. B", "mean |I|: like task over unlike", "0.055 over 0.025",
           paper=0.055 / 0.025, none=1.0, why=_TASKS),
     Claim("finetune_size_ratio", "4.4, Fig. C", "mean |I|: three times the examples and steps",
           "smaller, 0.15", none=1.0, direction=-1, why=_SIZE),
@@ -252,7 +252,7 @@ def verdict(claim: Claim, found: Found) -> str:
     str
         The first of these that holds: ``"diverged"``, a finetuning did; ``"no interval"``, it has
         no width; ``"not comparable"``, the paper gives no number for it on these data;
-        ``"inconclusive"``, the interval holds the value of no effect, or for a claim that is not
+        ``"unclear"``, the interval holds the value of no effect, or for a claim that is not
         of an effect it is wider than the paper's; ``"opposite"``, it lies on the other side of no
         effect; ``"reproduced"``, it holds the paper's number; else ``"stronger"`` or ``"weaker"``.
 
@@ -272,9 +272,9 @@ def verdict(claim: Claim, found: Found) -> str:
         return "not comparable"
     if claim.none is None and claim.interval is not None:
         if high - low > claim.interval[1] - claim.interval[0]:
-            return "inconclusive"
+            return "unclear"
     elif (seen := effect(claim, found)) != "seen":
-        return "opposite" if seen == "opposite" else "inconclusive"
+        return "opposite" if seen == "opposite" else "unclear"
     if low <= claim.paper <= high:
         return "reproduced"
     return "stronger" if (value - claim.paper) * claim.direction > 0 else "weaker"
@@ -443,8 +443,8 @@ def row(found: Found) -> dict[str, str]:
     -------
     dict
         ``verdict`` where the paper gives a number, else ``effect``; ``claim``; ``paper``, what it
-        has on these data; ``ours``; ``data``, ``parameters``, ``accuracy``, ``left out`` and
-        ``seeds``.
+        has on these data; ``ours``, with the data; ``size``, the parameters;
+        ``accuracy``; ``left out``; ``seeds``.
     """
     claim = claim_of(found)
     judged = verdict(claim, found)
@@ -457,9 +457,8 @@ def row(found: Found) -> dict[str, str]:
         **({"verdict": judged} if same else {"effect": seen or "–"}),
         "claim": claim.about,
         "paper": claim.text if claim.data == found.data else "–",
-        "ours": shown(found.estimate),
-        "data": found.label,
-        "parameters": "–" if found.parameters is None else f"{found.parameters:,}",
+        "ours": f"{shown(found.estimate)}, {found.label}",
+        "size": "–" if found.parameters is None else f"{found.parameters:,}",
         "accuracy": tested,
         "left out": found.removals or "–",
         "seeds": str(found.seeds),
@@ -490,16 +489,16 @@ def front(recorded: Iterable[Found]) -> dict[str, str]:
         last where the paper gives a correlation. A number of the two-stage benchmark has its
         setting after the claim: ``two_stage_exact_digits_sgd_ours``.
     """
-    texts = {}
+    texts: dict[str, str] = {}
     for found in recorded:
         if found.setting or (found.name.startswith("r_") and not compared(claim_of(found), found)):
             continue
         claim, cells = claim_of(found), row(found)
         setting = f"_{found.data.replace('-', '_')}" if found.name.startswith("two_stage") else ""
         parts = {
-            "ours": cells["ours"],
+            "ours": shown(found.estimate),
             "verdict": verdict(claim, found),
-            "size": f"{cells['data']}, {cells['parameters']} parameters, {cells['seeds']} seeds",
+            "size": f"{found.label}, {cells['size']} parameters, {cells['seeds']} seeds",
             "left_out": cells["left out"],
         }
         if claim.paper is not None and claim.interval is not None:
