@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from msif_lib import FixedEmbeddingInfluence, UpdatedEmbeddingInfluence
-from msif_lib.solvers import Identity, MinRes
+from msif_lib.solvers import MinRes
 from msif_lib.study.data.datasets import TwoStageData, two_stages
-from msif_lib.study.experiments.experiment import Setting, Trained, train_two_stages
+from msif_lib.study.experiments.experiment import LABELS, Setting, Trained, train_two_stages
 from msif_lib.study.explorer.page import collect, fragment
 from msif_lib.study.pages.browser import Browser, find_chromium
 
 M, T = 24, 7
-METHODS = ("fixed", "updated", "identity")
+STATIC = Path(__file__).resolve().parents[1] / "book" / "_static"
 
 # The stages are trained, and the browser started, once.
 pytestmark = pytest.mark.xdist_group("explorer")
@@ -35,13 +35,13 @@ def problem() -> tuple[TwoStageData, Trained]:
 def values(problem: tuple[TwoStageData, Trained]) -> dict[str, Any]:
     data, trained = problem
     scores = {
-        case: trained.influence(case).scores(trained.test, per_test=True).values
-        for case in ("fixed", "updated")
+        case: trained.influence(case).scores(trained.test, per_test=True).values for case in LABELS
     }
-    baseline = trained.influence("fixed", Identity()).scores(trained.test, per_test=True)
     # No retraining: any changes will do here.
-    changes = {case: -values.sin() / M for case, values in scores.items()}
-    return collect(data, trained, scores | {"identity": baseline.values}, changes)
+    changes = {
+        case: {0.5: -score.sin() / M / 3, 0.0: -score.sin() / M} for case, score in scores.items()
+    }
+    return collect(data, trained, scores, changes)
 
 
 def embedded(page: str) -> dict[str, Any]:
@@ -53,16 +53,16 @@ def embedded(page: str) -> dict[str, Any]:
 def test_the_numbers_are_those_of_the_library(problem, values) -> None:
     data, trained = problem
     shown = embedded(fragment(values))
-    stages = trained.pretrain, trained.finetuned["fixed"]
     runs = {
-        "fixed": FixedEmbeddingInfluence(*stages, progress=False),
+        "fixed": FixedEmbeddingInfluence(
+            trained.pretrain, trained.finetuned["fixed"], progress=False
+        ),
         "updated": UpdatedEmbeddingInfluence(
             trained.pretrain, trained.finetuned["updated"], 0.07, MinRes(), progress=False
         ),
-        "identity": FixedEmbeddingInfluence(*stages, Identity(), progress=False),
     }
-    for method, run in runs.items():
-        rows = torch.tensor(shown["scores"][method], dtype=torch.float64)
+    for case, run in runs.items():
+        rows = torch.tensor(shown["scores"][case], dtype=torch.float64)
         assert rows.shape == (T + 1, M)
         for row, scores in ((rows[0], run.scores(trained.test)), *(
             (rows[t + 1], run.scores((trained.test[0][t : t + 1], trained.test[1][t : t + 1])))
@@ -70,33 +70,39 @@ def test_the_numbers_are_those_of_the_library(problem, values) -> None:
         )):  # fmt: skip
             # Four digits are shown.
             torch.testing.assert_close(row, scores.values, rtol=6e-4, atol=1e-9)
+    assert shown["weights"] == [0.5, 0]
     sines = -torch.tensor(shown["scores"]["fixed"], dtype=torch.float64)[1:].sin() / M
-    changes = torch.tensor(shown["changes"]["fixed"], dtype=torch.float64)
-    torch.testing.assert_close(changes[1:], sines, rtol=0, atol=1e-3)
-    torch.testing.assert_close(changes[0], changes[1:].sum(0), rtol=0, atol=1e-2)
+    half, whole = torch.tensor(shown["changes"]["fixed"], dtype=torch.float64)
+    torch.testing.assert_close(whole[1:], sines, rtol=0, atol=1e-3)
+    torch.testing.assert_close(half, whole / 3, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(whole[0], whole[1:].sum(0), rtol=0, atol=1e-2)
     assert shown["pretrain"]["digits"] == data.pretrain_original.tolist()
     assert len(shown["test"]["images"]) == T
     for row, r in enumerate(shown["agreement"]["fixed"]):
-        pair = -torch.tensor(shown["scores"]["fixed"][row]), changes[row].float()
+        pair = -torch.tensor(shown["scores"]["fixed"][row]), whole[row].float()
         assert r == pytest.approx(float(torch.corrcoef(torch.stack(pair))[0, 1]), abs=2e-3)
 
 
-def test_values_of_another_shape_or_method_are_refused(problem, values) -> None:
+def test_values_of_another_shape_case_or_weight_are_refused(problem) -> None:
     data, trained = problem
     good = torch.zeros(M, T)
-    scores, changes = dict.fromkeys(METHODS, good), dict.fromkeys(("fixed", "updated"), good)
-    with pytest.raises(ValueError, match=r"scores of identity have shape \(7, 24\), not \(m, T\)"):
-        collect(data, trained, scores | {"identity": good.T}, changes)
-    with pytest.raises(ValueError, match=r"changes of updated are needed, not scores of fixed"):
-        collect(data, trained, scores, {"fixed": good})
+    scores = dict.fromkeys(LABELS, good)
+    changes = {case: {0.0: good} for case in LABELS}
+    with pytest.raises(ValueError, match=r"updated, scores: shape \(7, 24\), not \(m, T\)"):
+        collect(data, trained, scores | {"updated": good.T}, changes)
+    with pytest.raises(ValueError, match="needed of fixed and updated, no more"):
+        collect(data, trained, scores, {"fixed": {0.0: good}})
+    for other in ({0.5: good}, {0.5: good, 0.0: good}):
+        with pytest.raises(ValueError, match="the same weights in both cases, 0 among them"):
+            collect(data, trained, scores, changes | {"updated": other})
     # A constant has no correlation, and JSON no NaN.
     assert collect(data, trained, scores, changes)["agreement"]["fixed"] == [None] * (T + 1)
 
 
-def test_a_page_is_complete_and_small(values) -> None:
+def test_a_fragment_takes_nothing_from_elsewhere_and_has_a_table(values) -> None:
     page = fragment(values)
     assert len(page) < 2**20
-    assert not re.search(r"(?:src|href|url)\s*[=(]\s*['\"]?(?:https?:)?//", page), "from elsewhere"
+    assert not re.search(r"(?:src|href|url)\s*[=(]\s*['\"]?(?:https?:)?//", page)
     table = re.search(r"<table>.*</table>", page, re.S)[0]
     assert "{{" not in page
     assert table.count("<tr>") == 7, "a head, all test images together, and the first five"
@@ -106,230 +112,168 @@ def test_a_page_is_complete_and_small(values) -> None:
 # --- in a browser --------------------------------------------------------------------------------
 
 
-KEYS = {"Tab": 9, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39,
-        "ArrowDown": 40, " ": 32}  # fmt: skip
-
-
-class Page(Browser):
-    """A browser with a reader's hands."""
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            about = {"key": key, "code": "Space" if key == " " else key,
-                     "windowsVirtualKeyCode": KEYS[key]}  # fmt: skip
-            text = {"text": key} if key == " " else {}
-            self.call("Input.dispatchKeyEvent", type="keyDown", **about, **text)
-            self.call("Input.dispatchKeyEvent", type="keyUp", **about)
-
-    def move(self, x: float, y: float) -> None:
-        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def resize(self, width: int) -> None:
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=1600, deviceScaleFactor=1, mobile=False,
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def page(values, tmp_path_factory) -> Iterator[Page]:
+def browser() -> Iterator[Browser]:
     if find_chromium() is None:
         pytest.skip("there is no Chromium in PATH")
-    folder = tmp_path_factory.mktemp("explorer")
-    (folder / "page.html").write_text(
-        '<!doctype html><html lang="en" data-theme="light"><meta charset="utf-8"><title>x</title>'
-        '<meta name="viewport" content="width=device-width">'
-        f"<body style='margin:0'>{fragment(values)}{fragment(values)}",
+    with Browser() as browser:
+        yield browser
+
+
+def standalone(path: Path, theme: str, *fragments: str) -> Path:
+    """A page as the book has it: with its charts beside it."""
+    ground = {"light": "#ffffff", "dark": "#14181e"}[theme]
+    path.write_text(
+        f'<!doctype html><html lang="en" data-theme="{theme}"><meta charset="utf-8">'
+        '<title>x</title><meta name="viewport" content="width=device-width">'
+        f'<link rel="stylesheet" href="{(STATIC / "charts.css").as_uri()}">'
+        f'<script src="{(STATIC / "charts.js").as_uri()}"></script>'
+        f"<body style='margin: 0; background: {ground}; font-family: sans-serif'>"
+        f"{''.join(fragments)}",
         encoding="utf-8",
     )
-    with Page() as page:
-        page.open(folder / "page.html")
-        yield page
+    return path
+
+
+def wait(browser: Browser, charts: int) -> None:
+    browser.page.wait_for_function(f"document.querySelectorAll('.chart svg').length === {charts}")
 
 
 @pytest.fixture
-def fresh(page: Page) -> Page:
-    page.open(Path(page.evaluate("location.pathname")))
-    page.resize(1200)
-    return page
-
-
-def text(page: Page, selector: str) -> str:
-    return page.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
+def shown(browser: Browser, values: dict[str, Any], tmp_path: Path) -> Browser:
+    browser.open(standalone(tmp_path / "page.html", "light", fragment(values), fragment(values)))
+    wait(browser, 12)
+    return browser
 
 
 def read(number: str) -> float:
     return float(number.replace("−", "-"))
 
 
-def shown_point(page: Page) -> tuple[int, int, float, float, float]:
-    told = text(page, ".msif-explorer .point p")
-    found = re.fullmatch(
-        r"Pretraining image (\d+), a (\d): score (\S+), predicted change (\S+), "
-        r"true change (\S+)\.",
+def check(browser: Browser, values: dict[str, Any], row: int, i: int) -> None:
+    """What the first explorer of the page says of a test image and a pretraining image."""
+    page = browser.page
+    told = page.locator(".status").first.text_content()
+    which = f"Test image {row - 1}, a " if row else f"All {T} test images"
+    assert told.startswith(which)
+    assert f"and pretraining image {i}, a {values['pretrain']['digits'][i]}. " in told
+    found = re.findall(
+        r"r = (\S+) over .*? predicted (\S+), true (\S+); test image (\d+), a \d, moves most "
+        r"\((\S+)\)",
         told,
     )
-    assert found, told
-    return (int(found[1]), int(found[2]), *(read(found[k]) for k in (3, 4, 5)))
-
-
-def check(page: Page, values: dict[str, Any], method: str, row: int) -> None:
-    """The lists, the point and the status are those of the JSON."""
-    case = "updated" if method == "updated" else "fixed"
-    scores, changes = values["scores"][method][row], values["changes"][case][row]
-    order = sorted(range(M), key=lambda i: (scores[i], i))
-    for kind, wanted in (("helped", order[:6]), ("hurt", order[::-1][:6])):
-        cards = page.evaluate(
-            f"[...document.querySelector('.{kind}').querySelectorAll('button')].map("
-            "b => [Number(b.dataset.point), b.querySelector('img').src, b.textContent])"
-        )
-        assert [scores[i] for i, *_ in cards] == [scores[i] for i in wanted]
-        for i, image, told in cards:
-            assert image == values["pretrain"]["images"][i]
-            found = re.fullmatch(r"a (\d), I = (\S+?)predicted (\S+?)true (\S+)", told)
-            assert int(found[1]) == values["pretrain"]["digits"][i]
-            numbers = scores[i], -scores[i] / M, changes[i]
-            assert [read(found[k]) for k in (2, 3, 4)] == [
-                pytest.approx(number, rel=0.06) for number in numbers
+    for case, numbers, column in zip(LABELS, found, page.locator(".panels > section").all()):
+        scores = values["scores"][case]
+        changes = values["changes"][case][-1]
+        assert read(numbers[0]) == pytest.approx(values["agreement"][case][row], abs=6e-4)
+        assert read(numbers[1]) == pytest.approx(-scores[row][i] / M, rel=0.06)
+        assert read(numbers[2]) == pytest.approx(changes[row][i], rel=0.06)
+        most = max(range(T), key=lambda t: abs(changes[t + 1][i]))
+        assert int(numbers[3]) == most
+        assert read(numbers[4]) == pytest.approx(changes[most + 1][i], rel=0.06)
+        order = sorted(range(M), key=lambda k: scores[row][k])
+        for kind, wanted in enumerate((order[:4], order[::-1][:4])):
+            names = (
+                column.locator("ul")
+                .nth(kind)
+                .locator("button")
+                .evaluate_all("all => all.map(one => one.ariaLabel)")
+            )
+            assert [scores[row][int(re.search(r"image (\d+)", name)[1])] for name in names] == [
+                scores[row][k] for k in wanted
             ]
-    i, digit, *numbers = shown_point(page)
-    assert digit == values["pretrain"]["digits"][i]
-    assert numbers == [
-        pytest.approx(number, rel=0.06) for number in (scores[i], -scores[i] / M, changes[i])
-    ]
-    status = text(page, ".msif-explorer .status")
-    r = values["agreement"][method][row]
-    assert f"r = {r:.3f}".replace("-", "−") in status
-    label = next(m["label"] for m in values["methods"] if m["key"] == method)
-    assert label in status
-    assert status.startswith(f"Test image {row - 1}, a " if row else f"All {T} test images")
-
-
-def test_it_starts_with_all_test_images_and_hides_the_table(fresh, values) -> None:
-    assert fresh.evaluate("document.querySelector('.static').hidden")
-    assert not fresh.evaluate("document.querySelector('.live').hidden")
-    check(fresh, values, "fixed", 0)
-
-
-def test_keys_choose_the_method_and_the_test_image(fresh, values) -> None:
-    fresh.press("Tab", "ArrowRight")
-    check(fresh, values, "updated", 0)
-    fresh.press("ArrowRight")
-    check(fresh, values, "identity", 0)
-    fresh.press("Tab", "ArrowRight", "ArrowRight", "ArrowRight")
-    check(fresh, values, "identity", 3)
-    named = fresh.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert named.startswith(f"test image 2, a {values['test']['digits'][2]}")
-    assert "outline" in fresh.evaluate(
-        "const s = getComputedStyle(document.activeElement.nextSibling);"
-        "s.outlineStyle === 'solid' && parseFloat(s.outlineWidth) >= 3 ? 'outline' : ''"
+    assert len(found) == 2
+    picked = (
+        page.locator("section")
+        .first.locator("fieldset input")
+        .evaluate_all("all => all.map((one, k) => one.checked ? k : -1).filter(k => k >= 0)")
     )
+    assert picked == [row, T + 1 + i]
+
+
+def test_keys_choose_a_test_image_and_a_pretraining_image(shown, values) -> None:
+    page = shown.page
+    assert page.locator(".static").first.is_hidden()
+    first = values["scores"]["fixed"][0]
+    start = first.index(min(first))
+    check(shown, values, 0, start)
+    page.keyboard.press("Tab")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    check(shown, values, 3, start)
+    name = page.evaluate("document.activeElement.ariaLabel")
+    assert name.startswith(f"test image 2, a {values['test']['digits'][2]}")
+    outline = "getComputedStyle(document.activeElement.nextSibling)"
+    assert page.evaluate(f"{outline}.outlineStyle") == "solid"
+    assert page.evaluate(f"parseFloat({outline}.outlineWidth)") >= 3
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    check(shown, values, 3, (start + 1) % M)
+    # A button of the ends chooses as well.
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    check(shown, values, 3, min(range(M), key=lambda i: values["scores"]["fixed"][3][i]))
     # The second explorer of the page is another one.
-    assert (
-        fresh.evaluate("document.querySelectorAll('.msif-explorer')[1].dataset.method") == "fixed"
+    assert page.locator(".status").nth(1).text_content().startswith("All ")
+
+
+def test_a_click_on_a_point_or_a_picture_chooses_it(shown, values) -> None:
+    page = shown.page
+    page.set_viewport_size({"width": 1400, "height": 3000})
+    chart = page.locator("section section .chart")
+    changes = values["changes"]["fixed"][-1][0]
+    lowest = min(range(M), key=lambda i: changes[i])
+    points = chart.nth(0).locator(".mark-symbol.role-mark path")
+    boxes = points.evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect()).map(b => [b.x + b.width / 2, "
+        "b.y + b.height / 2])"
     )
-
-
-def test_keys_walk_along_the_points_of_the_plot(fresh, values) -> None:
-    fresh.press("Tab", "ArrowRight", "Tab", "ArrowRight", *["Tab"] * 13)
-    assert fresh.evaluate("document.activeElement.getAttribute('class')") == "dot"
-    fresh.press("Home")
-    scores = values["scores"]["updated"][1]
-    order = sorted(range(M), key=lambda i: (-scores[i], i))
-    assert shown_point(fresh)[0] == order[0]
-    fresh.press("ArrowRight", "ArrowUp", "ArrowRight", "ArrowLeft")
-    assert shown_point(fresh)[0] == order[2]
-    check(fresh, values, "updated", 1)
-    image = fresh.evaluate("document.querySelector('.point img').src")
-    assert image == values["pretrain"]["images"][order[2]]
-    spoken = fresh.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert f"{spoken}.".lower() == text(fresh, ".point p").lower()
-    fresh.press("End", "ArrowDown")
-    assert shown_point(fresh)[0] == order[-2]
-    # One stop of the Tab key for the whole plot, and it is where one left.
-    stops = "document.querySelector('.msif-explorer').querySelectorAll('.dot[tabindex=\"0\"]')"
-    assert fresh.evaluate(f"{stops}.length") == 1
-
-
-def test_the_pointer_shows_the_nearest_point_and_a_card_its_own(fresh, values) -> None:
-    order = sorted(range(M), key=lambda i: -values["scores"]["fixed"][0][i])
-    wanted = order[0]
-    x, y = fresh.evaluate(
-        f"(b => [b.x + b.width / 2, b.y + b.height / 2])"
-        f"(document.querySelectorAll('.dot')[{wanted}].getBoundingClientRect())"
+    page.mouse.click(*max(boxes[:M], key=lambda box: box[1]))
+    check(shown, values, 0, lowest)
+    pictures = chart.nth(1).locator("image")
+    assert pictures.count() == T
+    effects = [values["changes"]["fixed"][-1][t + 1][lowest] for t in range(T)]
+    boxes = pictures.evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect()).map(b => [b.x + b.width / 2, "
+        "b.y + b.height / 2])"
     )
-    fresh.move(x - 5, y)
-    assert shown_point(fresh)[0] == wanted
-    assert fresh.evaluate("document.querySelectorAll('button[aria-pressed=true]').length") == 2, (
-        "one in each explorer"
-    )
-    fresh.press("Tab", "Tab", "Tab", "Tab", " ")
-    pressed = fresh.evaluate("Number(document.activeElement.dataset.point)")
-    assert shown_point(fresh)[0] == pressed != wanted
+    page.mouse.click(*min(boxes, key=lambda box: box[1]))
+    check(shown, values, max(range(T), key=lambda t: effects[t]) + 1, lowest)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1200])
-def test_it_fits_a_telephone_and_is_legible_in_both_themes(fresh, theme, width) -> None:
-    fresh.resize(width)
-    # On a card of the other kind, as themes have them.
-    card = "white" if theme == "dark" else "black"
-    fresh.evaluate(
-        f"document.documentElement.dataset.theme = '{theme}';"
-        f"document.body.style.background = '{card}'"
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_fits_and_takes_the_colours_of_the_page(browser, values, tmp_path, theme, width) -> None:
+    browser.open(standalone(tmp_path / "page.html", theme, fragment(values)), theme, width)
+    wait(browser, 6)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    sides = browser.evaluate(
+        "[...document.querySelectorAll('.panels > section')].map(n => n.getBoundingClientRect().y)"
     )
-    assert fresh.evaluate("document.documentElement.scrollWidth") <= width
-    sizes = fresh.evaluate(
-        "[...document.querySelectorAll('.live p, .live span, .live label, .live legend')]"
+    assert (sides[0] == sides[1]) is (width > 1000), "side by side where there is room"
+    sizes = browser.evaluate(
+        "[...document.querySelectorAll('.live p, .live button, .live label, .live text')]"
         ".filter(n => n.textContent).map(n => parseFloat(getComputedStyle(n).fontSize))"
     )
-    assert min(sizes) >= 12.5
-    *colors, paper = fresh.evaluate(
-        "['--ink', '--accent', '--quiet', '--paper'].map(name => {"
-        "const n = document.createElement('i'); n.style.color = `var(${name})`;"
-        "document.querySelector('.msif-explorer').append(n);"
-        "const c = getComputedStyle(n).color; n.remove(); return c.match(/\\d+/g).map(Number); })"
-    )
-    assert min(contrast(color, paper) for color in colors) >= 4.5
-    behind = fresh.evaluate(
-        "getComputedStyle(document.querySelector('.msif-explorer')).backgroundColor.match(/\\d+/g)"
-    )
-    assert [int(value) for value in behind] == paper
+    assert min(sizes) >= 12
+    ink = {"light": "rgb(31, 35, 40)", "dark": "rgb(230, 237, 243)"}[theme]
+    assert browser.evaluate("getComputedStyle(document.querySelector('.chart text')).fill") == ink
 
 
-def contrast(one: list[int], other: list[int]) -> float:
-    """The contrast of two colours after WCAG 2."""
-
-    def luminance(color: list[int]) -> float:
-        linear = [
-            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
-            for c in (value / 255 for value in color)
-        ]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def test_points_do_not_move_about_where_motion_is_unwanted(fresh) -> None:
-    duration = "getComputedStyle(document.querySelector('.dot')).transitionDuration"
-    for preference, moves in (("no-preference", True), ("reduce", False)):
-        media = [{"name": "prefers-reduced-motion", "value": preference}]
-        fresh.call("Emulation.setEmulatedMedia", features=media)
-        assert (fresh.evaluate(duration) != "0s") is moves
-
-
-def test_everything_that_takes_the_focus_has_a_name(fresh) -> None:
-    fresh.call("Accessibility.enable")
-    nodes = fresh.call("Accessibility.getFullAXTree")["nodes"]
-    roles = {"radio", "button", "option", "listbox", "image", "group", "region"}
+def test_everything_that_takes_the_focus_has_a_name(shown) -> None:
     seen = set()
-    for node in nodes:
+    for node in shown.call("Accessibility.getFullAXTree")["nodes"]:
         role = node.get("role", {}).get("value")
-        if node["ignored"] or role not in roles:
+        if node["ignored"] or role not in {"radio", "button", "image", "group", "region"}:
             continue
         seen.add(role)
         assert node["name"]["value"].strip(), node
-    assert seen >= {"radio", "button", "option", "listbox", "image"}
-    live = "document.querySelector('.status').getAttribute('aria-live')"
-    assert fresh.evaluate(live) == "polite"
+    assert seen == {"radio", "button", "image", "group", "region"}
+
+
+def test_without_the_charts_the_table_remains(browser, values, tmp_path) -> None:
+    page = standalone(tmp_path / "page.html", "light", fragment(values))
+    page.write_text(page.read_text(encoding="utf-8").replace("charts.js", "none.js"), "utf-8")
+    browser.open(page)
+    assert browser.page.locator(".live").is_hidden()
+    assert browser.page.locator(".static table").is_visible()
