@@ -146,7 +146,7 @@ def test_numbers_in_words() -> None:
         "above zero", "not told apart from zero", "below zero",
     ]  # fmt: skip
     alike = Estimate(0.0, 0.0, 0.0)
-    assert (signed(alike), reading(alike)) == ("+0.00 in every seed", "no spread, so no interval")
+    assert (signed(alike), reading(alike)) == ("+0.00 (every seed)", "the same in every seed")
     assert (p_value(2e-5), p_value(0.0312)) == ("< 0.0001", "0.031")
     cut = share_estimate([0.9, 1.0, 1.0])
     assert cut.high == 1.0 and cut.low > 0

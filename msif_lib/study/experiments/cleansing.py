@@ -620,7 +620,7 @@ def share_estimate(values: ArrayLike) -> Estimate:
 def signed(estimate: Estimate, digits: int = 2) -> str:
     """Value and interval with their signs; no interval where all seeds give the same."""
     if estimate.low == estimate.high:
-        return f"{estimate.value:+.{digits}f} in every seed"
+        return f"{estimate.value:+.{digits}f} (every seed)"
     return f"{estimate.value:+.{digits}f} [{estimate.low:+.{digits}f}, {estimate.high:+.{digits}f}]"
 
 
@@ -632,7 +632,7 @@ def p_value(p: float) -> str:
 def reading(estimate: Estimate) -> str:
     """What a 95 % interval says about the sign."""
     if estimate.low == estimate.high:
-        return "no spread, so no interval"
+        return "the same in every seed"
     if estimate.low > 0:
         return "above zero"
     return "below zero" if estimate.high < 0 else "not told apart from zero"
