@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from sample_book import NOTES, SOLUTIONS, cells_of_a_chapter, put, sample_book
 
 from msif_lib.study import book
-from msif_lib.study.pages import checks, downloads
+from msif_lib.study.pages import checks, downloads, plain
 from msif_lib.study.pages.editions import (
     EDITIONS,
     mixed_cells,
@@ -211,6 +211,48 @@ def test_a_page_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("<html></html>")
     with pytest.raises(ProjectError, match=r"index\.html: the language is not set"):
         checks.refuse_structural_faults(tmp_path)
+
+
+def test_downloads_are_plain_markdown_with_the_numbers_in_place() -> None:
+    known = plain.Book(
+        numbers={"equation-eq-x": "(2.1)", "thm-x": "Theorem 2.1", "ex-x": "Exercise 2.3"},
+        values={
+            "chapters/other": {"r": {"text/plain": "0.98765"}},
+            "chapters/here": {
+                "here:n": {"text/plain": "7"},
+                "here:answer": {"text/markdown": "It is {glue:text}`here:n:d`."},
+                "here:figure": {"image/png": "aGk="},
+            },
+        },
+        citations={"a2020": ("Chen et al.", "2020")},
+        macros={"T": r"^{\mathsf{T}}"},
+    )
+    for before, after in {
+        "{glue:text}`here:n:d` and {glue:text}`other.ipynb::r:.2f`": "7 and 0.99",
+        "{cite:t}`a2020`, {cite}`a2020`": "Chen et al. (2020), [Chen et al., 2020]",
+        "{eq}`eq:x`, {prf:ref}`thm:x`, {ref}`this <thm:x>`": "(2.1), Theorem 2.1, this",
+        "$$\nx\\T\n$$ (eq:x)": "$$\nx^{\\mathsf{T}}\n\\tag{2.1}\n$$",
+        "(place)=\n# A heading\n% a comment": "# A heading",
+        "```{prf:theorem} Name\n:label: thm:x\n\nTrue.\n```": (
+            "> **Theorem 2.1 (Name).**\n>\n> True."
+        ),
+        ":::{solution} ex-x\n:class: dropdown\nYes, {eq}`eq:x`.\n:::": (
+            "<details>\n<summary>Solution of Exercise 2.3</summary>\n\nYes, (2.1).\n\n</details>"
+        ),
+        "```{glue:md} here:answer\n:format: myst\n```": "It is 7.",
+        "```python\n{eq}`no role`\n```": "```python\n{eq}`no role`\n```",
+    }.items():
+        content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(before)])
+        (cell,) = plain.in_plain_markdown(content, "chapters/here", known).cells
+        assert cell.source == after
+    figure = "```{glue:figure} here:figure\n:alt: Points.\nTheir caption.\n```"
+    content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(figure)])
+    (cell,) = plain.in_plain_markdown(content, "chapters/here", known).cells
+    assert cell.source == "![Points.](attachment:here-figure.png)\n\nTheir caption."
+    assert cell.attachments == {"here-figure.png": {"image/png": "aGk="}}
+    content.cells[0].source = "{eq}`eq:none`"
+    with pytest.raises(ProjectError, match="chapters/here: no equation is called"):
+        plain.in_plain_markdown(content, "chapters/here", known)
 
 
 def test_the_public_address_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

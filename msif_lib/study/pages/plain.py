@@ -41,7 +41,8 @@ class Book:
     Parameters
     ----------
     numbers
-        By HTML id: ``Theorem 3.1``, ``Exercise 2.4``, ``(5.2)`` or the text of a heading.
+        By HTML id, which has letters, digits and hyphens: ``Theorem 3.1``, ``Exercise 2.4``,
+        ``(5.2)`` or the text of a heading.
     values
         By notebook, as ``chapters/case1``, and by name: what it glues, by the kind of data.
     citations
@@ -191,8 +192,7 @@ class _Page:
         if name == "eq":
             return str(self._known(self.book.numbers, make_id(f"equation-{target}"), "equation"))
         if name in ("ref", "numref", "prf:ref"):
-            known = self.book.numbers
-            return str(self._known(known, target if target in known else make_id(target), "label"))
+            return str(self._known(self.book.numbers, make_id(target), "label"))
         return f"`{target.removeprefix('~').rpartition('/')[2]}`"
 
     def _text(self, text: str) -> str:
@@ -219,22 +219,24 @@ class _Page:
             return ["$$", *body, "$$"]
         if fence.name == "glue:md":
             return self.rewrite(self._glued(fence.argument, "text/markdown")[0].split("\n"))
-        inside = self.rewrite(body)
+        inside = self.rewrite("\n".join(body).strip("\n").split("\n"))
         if kind in ("figure", "image"):
             source = fence.argument
             if fence.name == "glue:figure":
                 image = make_id(fence.argument) + ".png"
                 self.images[image] = self._glued(fence.argument, "image/png")[0]
                 source = f"attachment:{image}"
-            number = self.book.numbers.get(fence.options.get("name", ""))
+            number = self.book.numbers.get(make_id(fence.options.get("name", "")))
             caption = ["", f"**{number}**", *inside] if number else ["", *inside]
             return [f"![{fence.options.get('alt', '')}]({source})", *caption]
         if kind == "solution":
-            title = f"Solution of {self._known(self.book.numbers, fence.argument, 'exercise')}"
+            title = (
+                f"Solution of {self._known(self.book.numbers, make_id(fence.argument), 'exercise')}"
+            )
         elif kind in ("admonition", "dropdown"):
             title = argument
         else:
-            title = self.book.numbers.get(label, kind.capitalize())
+            title = self.book.numbers.get(make_id(label), kind.capitalize())
             title += f" ({argument})" if argument else ""
         if kind == "dropdown" or "dropdown" in fence.options.get("class", ""):
             return ["<details>", f"<summary>{title}</summary>", "", *inside, "", "</details>", ""]
