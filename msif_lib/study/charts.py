@@ -102,7 +102,8 @@ def scatter(
     if series is not None:
         order = list(data[series].unique())
         points = points.encode(
-            alt.Color(f"{series}:N", sort=order), alt.Shape(f"{series}:N", sort=order)
+            alt.Color(f"{series}:N", sort=order),
+            alt.Shape(f"{series}:N", sort=order, legend=None),
         )
     return equality.mark_line(color=QUIET, strokeDash=[5, 4]) + points.mark_point(
         size=45, strokeWidth=2, color="var(--chart-2)"
