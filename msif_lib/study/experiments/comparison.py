@@ -25,13 +25,14 @@ from msif_lib.study.records import read_record
 _OPTIMUM = (
     "The paper trains its stages for a time that it does not state, and expects gradients that are "
     "not zero. Here both stages are trained to a stationary point and trained again to one. What "
-    "remains is the error of a first-order prediction. The page on the "
-    "[correlations](correlation.html) shows r as training goes on, and what is left of the error "
-    "when only a part of an example's weight is removed."
+    "remains is the error of a first-order prediction. The page on "
+    "[other trainings](trainings.html) shows r as training goes on, that on "
+    "[the size of the step](step_size.html) what is left of the error when only a part of an "
+    "example's weight is removed."
 )
 _OTHER_TRAININGS = (
     "Equation 12 holds for finetuning with a pull towards the pretrained embedding. Plain "
-    "finetuning has no pull and stops early. The page on the [correlations](correlation.html) "
+    "finetuning has no pull and stops early. The page on [other trainings](trainings.html) "
     "shows the scores of a chain in which these steps are a link of their own, beside those of "
     "equation 12."
 )
