@@ -49,7 +49,13 @@ NOTEBOOKS = {
 
 
 def code_of(notebook: Notebook) -> list[str]:
-    return [cell.source for cell in notebook.read().cells if cell.cell_type == "code"]
+    """The cells of code; one of imports alone, after the parameters, with the one that follows."""
+    first, second, *rest = (
+        cell.source for cell in notebook.read().cells if cell.cell_type == "code"
+    )
+    if all(isinstance(one, ast.Import | ast.ImportFrom) for one in ast.parse(second).body):
+        second, *rest = f"{second}\n{rest[0]}", *rest[1:]
+    return [first, second, *rest]
 
 
 def opened(name: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def test_the_parameters_cell_is_found_again_among_all_cells(name: str) -> None:
     """A reader executes the check again when all other cells are in the history already."""
     cells = code_of(NOTEBOOKS[name])
     own = ["removals = 3", "# Parameters\nnothing = 1\n", *cells, "x = 1\ny = 2\nz = 3"]
-    (call,) = (
+    call, *_ = (
         node.value
         for node in ast.parse(cells[1]).body
         if ast.unparse(node).removeprefix("given = ").startswith("check_parameters(")
@@ -246,7 +252,7 @@ WRONG = [
     ("misclassified", {"pretrain_size": 19}, "but pretrain_size is None or 2 * ends + neighbours"),
     ("cleansing", {"shares": [0.1, 0.1]}, "but 0 < len(set(shares)) == len(shares) must hold"),
     ("finetune_size", {"base_size": 50}, "but {base_size, factor * base_size} <= set(grid_sizes)"),
-    ("similarity", {"curve_classes": 1}, "but curve_classes == 0 or 2 <= curve_classes <= 5"),
+    ("similarity", {"curve_classes": 1}, "but curve_classes == 0 or 2 <= curve_classes must"),
     ("similarity", {"tasks": [[0, 1], [2, 2]]}, "tasks = [[0, 1], [2, 2]], but all("),
     ("nlp", {"groups": 2}, "groups = 2, but groups >= 3 must hold"),
     ("nlp", {"share": 0.001}, "but 1 <= round(share * pretrain_size) < pretrain_size must hold"),
