@@ -71,4 +71,5 @@ def test_a_spread_says_as_much_as_there_is() -> None:
     one, other = Estimate(0.9, 0.8, 1.0), Estimate(-0.25, -0.3, 0.1)
     assert spread([one, None, other]) == "-0.25 to 0.90"
     assert spread([one, Estimate(0.901, 0.8, 1.0)]) == "0.90"
+    assert spread([Estimate(-0.001, -0.1, 0.1)]) == "0.00"
     assert spread([None]) == "not measured"

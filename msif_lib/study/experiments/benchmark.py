@@ -106,7 +106,8 @@ def methods_of(judged: Iterable[Judged], group: str = "row") -> list[str]:
 
 def spread(estimates: Iterable[Estimate | None], digits: int = 2) -> str:
     """Lowest and highest value in words: ``.91 to .97``, one alone, or ``not measured``."""
-    values = [f"{one.value:.{digits}f}" for one in estimates if one is not None]
+    found = [round(one.value, digits) + 0.0 for one in estimates if one is not None]
+    values = [f"{value:.{digits}f}" for value in found]
     if not values:
         return "not measured"
     low, high = min(values, key=float), max(values, key=float)
